@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 # A sum of fp32 squares drifts with its length: on a CPU, rows of 4096 equal elements are off by up to 3.8e-6, rows of
 # 512 by 5.3e-7 at the same speed. The squares of the row norms are summed in float64.
 ROW = 512
-SMALL = 16_384  # elements up to which a call costs more than the data, so tensors of one shape share one
+CELL, SMALLEST_CELL = 64, 8  # elements that small tensors are measured by, the more the faster
+SMALL = 8_192  # elements up to which a call costs more than a copy, so that tensors share calls
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _USUAL = frozenset((Tensor, nn.Parameter))
 _vector_norm = torch.linalg.vector_norm
+# No public function of torch views and joins many tensors by one call.
+_flatten: Callable[[list[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 
 
 @torch.no_grad()
@@ -78,32 +82,29 @@ def _measured(tensors: Sequence[Tensor], plain: bool = False) -> Tensor:
     together: dict[tuple[Callable[[list[Tensor]], Tensor], Hashable], list[int]] = {}
     for index, tensor in enumerate(tensors):
         together.setdefault(_way(tensor, plain), []).append(index)
-    for way in [way for way, indices in together.items() if way[0] is _stacked and len(indices) == 1]:
-        (index,) = together.pop(way)
-        together.setdefault(_way(tensors[index], plain, alone=True), []).append(index)
     squares = [measure([tensors[index] for index in indices]) for (measure, _), indices in together.items()]
     return in_order(squares, [index for indices in together.values() for index in indices])
 
 
-def _way(tensor: Tensor, plain: bool, alone: bool = False) -> tuple[Callable[[list[Tensor]], Tensor], Hashable]:
+def _way(tensor: Tensor, plain: bool) -> tuple[Callable[[list[Tensor]], Tensor], Hashable]:
     """Choose how to measure a tensor; tensors for which the answer is the same are measured together.
 
     Args:
         tensor: Any tensor.
         plain: Whether it is known to be plain, whatever its class.
-        alone: Whether no other one has the same shape.
     """
     dtype = tensor.dtype
     if not plain and (type(tensor) not in _USUAL or dtype not in _FLOATS or tensor.layout is not torch.strided):
         return _unusual, None
-    if tensor.numel() == 0 and not tensor.is_meta:
+    size = tensor.numel()
+    if tensor.is_cpu and 0 < size <= SMALL:
+        return _packed, dtype
+    if tensor.is_meta:
+        return _unknown, None
+    if size == 0:
         return _nothing, tensor.device
     if not tensor.is_cpu:
-        return (_unknown, None) if tensor.is_meta else (_by_foreach, (dtype, tensor.device))
-    if not alone and tensor.numel() <= SMALL:
-        return _stacked, (dtype, tensor.shape)
-    if tensor.numel() <= ROW:
-        return _by_foreach, dtype
+        return _by_foreach, (dtype, tensor.device)
     if dtype in (torch.bfloat16, torch.float16) or not (tensor.is_contiguous() or memory_order(tensor) is not None):
         return _through_buffer, dtype
     return _in_rows, dtype
@@ -130,62 +131,66 @@ def _by_foreach(tensors: list[Tensor]) -> Tensor:
     return _squares(torch.stack(torch._foreach_norm(tensors, 2.0, at_least_fp32(tensors[0]))))
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Measure small tensors of one shape, several by one call, in reused memory."""
-    first, count = tensors[0], max(1, min(len(tensors), BLOCK // tensors[0].numel()))
-    stack = torch.empty(count, *first.shape, dtype=first.dtype)
-    wide = stack if first.dtype == at_least_fp32(first) else torch.empty_like(stack, dtype=torch.float32)
-    squares = []
-    for start in range(0, len(tensors), count):
-        some = tensors[start : start + count]
-        torch.stack(some, out=stack[: len(some)])
-        if wide is not stack:
-            wide.copy_(stack)
-        squares.append(_line_squares(wide[: len(some)].flatten(1)))
-    return torch.cat(squares)
+def _packed(tensors: list[Tensor]) -> Tensor:
+    """Measure small tensors copied one behind the other, by cells that none shares with the next."""
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(tensors) > 1 and sum(sizes) > BLOCK:
+        half = len(tensors) // 2
+        return torch.cat([_packed(tensors[:half]), _packed(tensors[half:])])
+    cell = math.gcd(CELL, *sizes)
+    if cell < SMALLEST_CELL:
+        cell = CELL
+        tensors = _filled_up(tensors, sizes, cell)
+    flat = _flatten(tensors)
+    norms = _vector_norm(flat.to(at_least_fp32(flat)).view(-1, cell), 2.0, 1)
+    return _sums(norms, [-(-size // cell) for size in sizes])
+
+
+def _filled_up(tensors: list[Tensor], sizes: list[int], cell: int) -> list[Tensor]:
+    """Return tensors with zeros between them that fill each up to whole cells."""
+    zeros = torch.zeros(cell, dtype=tensors[0].dtype)
+    fillings = {rest: zeros[rest or cell :] for rest in {size % cell for size in sizes}}
+    return [part for pair in zip(tensors, (fillings[size % cell] for size in sizes), strict=True) for part in pair]
 
 
 def _in_rows(tensors: list[Tensor]) -> Tensor:
-    """Measure dense tensors of at least a row where they lie, in memory order."""
-    norms, rows, rests = [], [], {}
+    """Measure dense tensors where they lie, in memory order, by rows of their own or of `ROW`."""
+    norms, rests = [], {}
     for index, tensor in enumerate(tensors):
-        flat = memory_order(tensor)
-        assert flat is not None
-        rest = flat.numel() % ROW
-        if rest:
-            flat, rests[index] = torch.split(flat, [flat.numel() - rest, rest])
-        norms.append(_vector_norm(flat.view(-1, ROW), 2.0, 1))
-        rows.append(flat.numel() // ROW)
-    squares = torch.segment_reduce(_squares(torch.cat(norms)), "sum", lengths=torch.tensor(rows))
-    return squares.index_add_(0, torch.tensor(list(rests)), _by_foreach(list(rests.values()))) if rests else squares
+        if not (tensor.ndim == 2 and CELL <= tensor.shape[1] <= ROW and tensor.is_contiguous()):
+            flat = memory_order(tensor)
+            assert flat is not None
+            rest = flat.numel() % ROW
+            if rest:
+                flat, rests[index] = torch.split(flat, [flat.numel() - rest, rest])
+            tensor = flat.view(-1, ROW)
+        norms.append(_vector_norm(tensor, 2.0, 1))
+    squares = _sums(torch.cat(norms), list(map(len, norms)))
+    return squares.index_add_(0, torch.tensor(list(rests)), _packed(list(rests.values()))) if rests else squares
+
+
+def _sums(norms: Tensor, counts: list[int]) -> Tensor:
+    """Return the sums of the squares of so many norms each."""
+    sums: Tensor = torch.segment_reduce(_squares(norms), "sum", lengths=torch.tensor(counts))
+    return sums
 
 
 def _through_buffer(tensors: list[Tensor]) -> Tensor:
     """Measure tensors block by block in one reused buffer of fp32 (fp64 for fp64)."""
     size = max(block.numel() for tensor in tensors for block in blocks(tensor))
-    buffer = torch.empty(size, dtype=at_least_fp32(tensors[0]), device=tensors[0].device)
-    squares = [
-        torch.cat([_line_squares(_filled(buffer, block)) for block in blocks(tensor)]).sum(0, keepdim=True)
-        for tensor in tensors
-    ]
-    return torch.cat(squares)
+    buffer = torch.empty(size + -size % ROW, dtype=at_least_fp32(tensors[0]), device=tensors[0].device)
+    norms = [[_row_norms(buffer, block) for block in blocks(tensor)] for tensor in tensors]
+    return torch.stack([_squares(torch.cat(of_tensor)).sum() for of_tensor in norms])
 
 
-def _filled(buffer: Tensor, block: Tensor) -> Tensor:
-    """Copy a block to the head of the buffer and return it as one line, shape `(1, n)`."""
-    filled = buffer.narrow(0, 0, block.numel())
-    filled.view(block.shape).copy_(block)
-    return filled.unsqueeze(0)
-
-
-def _line_squares(lines: Tensor) -> Tensor:
-    """Return the sum of squares of each contiguous line of a 2-D tensor, by rows of `ROW` and a rest."""
-    count, length = lines.shape
-    rest = length % ROW
-    if not rest:
-        return _squares(_vector_norm(lines.view(count, -1, ROW), 2.0, 2)).sum(1)
-    squares = _squares(_vector_norm(lines[:, length - rest :], 2.0, 1))
-    return squares + _line_squares(lines[:, : length - rest]) if length > ROW else squares
+def _row_norms(buffer: Tensor, block: Tensor) -> Tensor:
+    """Copy a block to the head of the buffer, with zeros behind it to whole rows, and return the norms of the rows."""
+    size = block.numel()
+    whole = size + -size % ROW
+    buffer[:size].view(block.shape).copy_(block)
+    buffer[size:whole].zero_()
+    norms: Tensor = _vector_norm(buffer[:whole].view(-1, ROW), 2.0, 1)
+    return norms
 
 
 def _squares(norms: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # What a child has of its own; all other options are shared with its parent.
-OWN_KEYS = (
-    *("name", "weight_decay", "initial_weight_decay", "weight_decay_multiplier", "rule"),
-    *("decoupled_weight_decay", "param_names", "params"),
+OWN_KEYS = frozenset(
+    (
+        *("name", "weight_decay", "initial_weight_decay", "weight_decay_multiplier", "rule"),
+        *("decoupled_weight_decay", "param_names", "params"),
+    )
 )
 
 
@@ -70,7 +72,7 @@ def multiply_weight_decay(group: dict[str, Any], multiplier: float, base: float 
 
 def without_multiplier(group: dict[str, Any]) -> dict[str, Any]:
     """Take the multiplier back, and return what the group's keys were, to put them there again by `update`."""
-    before = {key: group[key] for key in OWN_KEYS if key in group}
+    before = {key: value for key, value in group.items() if key in OWN_KEYS}
     group["weight_decay"] = group.pop("initial_weight_decay")
     group.pop("weight_decay_multiplier", None)
     return before
@@ -247,12 +249,16 @@ def _child(group: dict[str, Any], key: GroupKey, indices: Sequence[int]) -> dict
 
 
 def _align(siblings: Sequence[dict[str, Any]], shared: dict[str, Any]) -> None:
-    for key, value in siblings[0].items():
+    first, *others = siblings
+    shared.update({key: first[key] for key in first.keys() - shared.keys() - OWN_KEYS})
+    values = [first.get(key) for key in shared]
+    if all([other.get(key) for key in shared] == values for other in others):
+        shared.update(zip(shared, values, strict=True))  # as nearly always: nobody has written, or to all of them
+        return
+    for key, before in shared.items():
         # siblings share a tensor, and to compare it would wait for its device
-        if key in OWN_KEYS or isinstance(value, torch.Tensor):
-            continue
-        before = shared.setdefault(key, value)
-        changed = [sibling[key] for sibling in siblings if sibling.get(key, before) != before]
+        values = [sibling.get(key, before) for sibling in siblings]
+        changed = [value for value in values if not isinstance(value, torch.Tensor) and value != before]
         if changed and all(value == changed[0] for value in changed):
             shared[key] = changed[0]
             for sibling in siblings:
@@ -261,7 +267,7 @@ def _align(siblings: Sequence[dict[str, Any]], shared: dict[str, Any]) -> None:
 
 def _own_values(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the user's own values of the keys that callbacks write, as they were before any of them."""
-    own = {key: group[key] for key in OWN_KEYS if key in group}
+    own = {key: value for key, value in group.items() if key in OWN_KEYS}
     if "initial_weight_decay" in own:
         own["weight_decay"] = own.pop("initial_weight_decay")
     own.pop("weight_decay_multiplier", None)

@@ -198,9 +198,17 @@ class WeightDecayScheduler(Callback):
                     self._write_multipliers(number, optimizer)
             return
         value = self.schedule(min(1.0, index / max(1, self._fit.length - 1)))
-        groups = [group for optimizer in bare_optimizers(trainer) for group in optimizer.param_groups]
-        groups = [group for group in groups if "weight_decay" in group]
-        strongest = max(map(base_weight_decay, groups), default=0.0) if self.values == "weight_decay" else 1.0
+        groups = [
+            group
+            for optimizer in bare_optimizers(trainer)
+            for group in optimizer.param_groups
+            if "weight_decay" in group
+        ]
+        if self.values == "multiplier":
+            for group in groups:
+                multiply_weight_decay(group, value)
+            return
+        strongest = max(map(base_weight_decay, groups), default=0.0)
         for group in groups:
             multiply_weight_decay(group, value, base_weight_decay(group) / strongest if strongest else 0.0)
 

@@ -69,6 +69,7 @@ def many(device: torch.device) -> None:
     kinds: dict[str, list[tuple[int, ...]]] = {
         "200 of an MLP, 16 wide": [(16, 16), (16,)] * 100,
         "200 of an MLP, 64 wide": [(64, 64), (64,)] * 100,
+        "200 of an MLP, 100 wide": [(100, 100), (100,)] * 100,
         "200 of an MLP, 128 wide": [(128, 128), (128,)] * 100,
         "200 of an MLP, 256 wide": [(256, 256), (256,)] * 100,
         "2000 of an MLP, 64 wide": [(64, 64), (64,)] * 1000,
@@ -83,15 +84,20 @@ def many(device: torch.device) -> None:
             "one each": lambda tensors=tensors: [torch.linalg.vector_norm(t) for t in tensors],
         }
         found = interleaved(contenders, 60, device)
+        equal = [torch.full_like(tensor, 0.0577) for tensor in tensors]
+        exact = torch.stack([tensor.double().square().sum() for tensor in equal])
+        ours, its = squared_norms(equal), torch.stack(torch._foreach_norm(equal)).double().square()
         rows.append(
             [
                 name,
                 f"{found['ours'] / len(tensors) * 1e6:.2f} us",
                 f"{found['ours'] / found['foreach']:.2f}",
                 f"{found['one each'] / found['foreach']:.2f}",
+                *(f"{((squares / exact).sqrt() - 1).abs().max().item():.0e}" for squares in (ours, its)),
             ]
         )
-    table("Many tensors", ["tensors", "ours, each", "ours / foreach", "one call each / foreach"], rows)
+    head = ["tensors", "ours, each", "ours / foreach", "one call each / foreach"]
+    table("Many tensors; errors are those with equal elements", [*head, "our error", "foreach's"], rows)
 
 
 def growth(device: torch.device) -> None:
