@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -134,23 +136,26 @@ def _by_foreach(tensors: list[Tensor]) -> Tensor:
 def _packed(tensors: list[Tensor]) -> Tensor:
     """Measure small tensors copied one behind the other, by cells that none shares with the next."""
     sizes = [tensor.numel() for tensor in tensors]
-    if len(tensors) > 1 and sum(sizes) > BLOCK:
-        half = len(tensors) // 2
-        return torch.cat([_packed(tensors[:half]), _packed(tensors[half:])])
+    ends = list(accumulate(sizes))
     cell = math.gcd(CELL, *sizes)
-    if cell < SMALLEST_CELL:
-        cell = CELL
-        tensors = _filled_up(tensors, sizes, cell)
-    flat = _flatten(tensors)
-    norms = _vector_norm(flat.to(at_least_fp32(flat)).view(-1, cell), 2.0, 1)
-    return _sums(norms, [-(-size // cell) for size in sizes])
+    cell = cell if cell >= SMALLEST_CELL else CELL
+    norms, start = [], 0
+    while start < len(tensors):
+        stop = bisect(ends, ends[start] - sizes[start] + BLOCK)
+        flat = _flatten(_filled_up(tensors[start:stop], sizes[start:stop], cell))
+        norms.append(_vector_norm(flat.to(at_least_fp32(flat)).view(-1, cell), 2.0, 1))
+        start = stop
+    return _sums(torch.cat(norms), [-(-size // cell) for size in sizes])
 
 
 def _filled_up(tensors: list[Tensor], sizes: list[int], cell: int) -> list[Tensor]:
     """Return tensors with zeros between them that fill each up to whole cells."""
+    rests = [size % cell for size in sizes]
+    if not any(rests):
+        return tensors
     zeros = torch.zeros(cell, dtype=tensors[0].dtype)
-    fillings = {rest: zeros[rest or cell :] for rest in {size % cell for size in sizes}}
-    return [part for pair in zip(tensors, (fillings[size % cell] for size in sizes), strict=True) for part in pair]
+    fillings = {rest: zeros[rest or cell :] for rest in set(rests)}
+    return [part for pair in zip(tensors, (fillings[rest] for rest in rests), strict=True) for part in pair]
 
 
 def _in_rows(tensors: list[Tensor]) -> Tensor:
