@@ -99,7 +99,7 @@ def _way(tensor: Tensor, plain: bool) -> tuple[Callable[[list[Tensor]], Tensor],
     if not plain and (type(tensor) not in _USUAL or dtype not in _FLOATS or tensor.layout is not torch.strided):
         return _unusual, None
     size = tensor.numel()
-    if tensor.is_cpu and 0 < size <= SMALL:
+    if tensor.is_cpu and size <= SMALL:
         return _packed, dtype
     if tensor.is_meta:
         return _unknown, None
