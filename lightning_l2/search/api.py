@@ -67,7 +67,8 @@ def search_weight_decay(
             is "grid" for lambda alone, "tpe" for a joint search.
         also: what to search jointly, name to `Range`, such as `{"lr": Range(1e-4, 1e-2)}`.
         prune: whether a training is stopped that, once the grid is complete, is worse than three quarters of the
-            complete trials at the same epoch; nothing is stopped in the first half of a training.
+            complete trials at the same epoch, by more than seeds differ; nothing is stopped in the first half of a
+            training.
         pick: which value of the metric counts, the "last" of a training or its "best".
         storage: None to keep trials in this process; a path that ends in .db, .sqlite or .sqlite3 for SQLite; any
             other path for a journal file; a database URL; or an Optuna storage.
@@ -77,9 +78,9 @@ def search_weight_decay(
     Raises:
         ModuleNotFoundError: If Optuna isn't installed.
         TypeError: If neither or both of `make` and `fit` are given.
-        ValueError: If a value is out of its range, or the storage holds another search under this name.
-        MisconfigurationException: If `make` returns something else or a Trainer that trained before, or the
-            monitored metric never appeared, with those that did.
+        ValueError: If a value is out of its range, or the monitored metric is not in what `fit` returns.
+        MisconfigurationException: If `make` returns something else or a Trainer that trained before, the monitored
+            metric never appeared in a training, or the storage holds another search under this name.
         RuntimeError: If every trial failed.
 
     Example:

@@ -73,7 +73,8 @@ class SearchPlan:
             "tpe" samples where good values are likely. None is "grid" for lambda alone, "tpe" for a joint search.
         also: further quantities to search jointly, name to range; not with "grid".
         prune: whether a training is stopped that, once the grid is complete, is worse than three quarters of the
-            complete trials at the same epoch; nothing is stopped in the first half of a training.
+            complete trials at the same epoch, by more than seeds differ; nothing is stopped in the first half of a
+            training.
         pick: which value of the metric counts, the "last" of a training or its "best".
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_l2.norms import squared_norms
@@ -34,13 +35,26 @@ class TrainingRecorder(Checkpoint):
     def __init__(self, monitor: str, report: Callable[[int, float], bool] | None) -> None:
         self._monitor = monitor
         self._report = report
+        self._is_validated = self._is_checked = False
         self.curves: dict[str, list[float]] = {}
         self.l2_norm: float | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notice here that validation metrics have had their chance to appear."""
+        self._is_validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record here: training and validation metrics of the epoch are complete."""
         for name, value in scalars(trainer).items():
             self.curves.setdefault(name, []).append(value)
+        if self._is_validated and not self._is_checked:
+            self._is_checked = True
+            if self._monitor not in self.curves:
+                rank_zero_warn(
+                    f"The metric monitor={self._monitor!r} has not appeared in the first epoch with a validation. "
+                    f"Those that did: {', '.join(sorted(self.curves)) or 'none'}. Unless it comes later, stop this "
+                    "search and give one of them as monitor."
+                )
         if self._report is not None and _in_second_half(trainer):
             value = self.curves.get(self._monitor, [math.nan])[-1]
             # Only rank 0 has the study open; all ranks have to stop together.
