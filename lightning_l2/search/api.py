@@ -51,7 +51,8 @@ def search_weight_decay(
 
     Args:
         make: called as `make(weight_decay, **others)`; returns a new `(trainer, module)`, `(trainer, module, data)`
-            or `(trainer, module, train_dataloaders, val_dataloaders)`. Seeds are set before the call.
+            or `(trainer, module, train_dataloaders, val_dataloaders)`. Seeds are set before the call. These Trainers
+            show no progress bars and no summaries and write no checkpoints.
         fit: in place of `make`, a function that does one training itself. It is given a `TrialRun` with
             `weight_decay`, `seed`, `others` and `report(epoch, value)`, and returns the metric, or a mapping with
             all metrics, each one number or one for each epoch.

@@ -12,12 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Checkpoint
-
 from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.suggestion import Trial
-from lightning_l2.search.target import hide_summaries
 from lightning_l2.search.training import train
 
 # What may differ between processes that share a search.
@@ -91,19 +88,13 @@ class Project:
         return {f"config.{key}": value for key, value in values.items() if not f"{key}.".startswith(own)}
 
     def fit(self, run: TrialRun) -> Outcome:
-        """Build everything with the lambda, the seed and the other values of a run, and train without checkpoints."""
+        """Build everything with the lambda, the seed and the other values of a run, and train."""
         changed = self._with(run.weight_decay, run.others)
         fit = changed["fit"]
         fit["seed_everything"] = run.seed
         folder = Path(self.options.folder) / "trainings" / f"trial_{run.trial}_seed_{run.seed}"
         fit["trainer.default_root_dir"] = str(folder)
-        for name in ("enable_progress_bar", "enable_model_summary"):
-            if fit[f"trainer.{name}"] is None:
-                fit[f"trainer.{name}"] = False
         cli = self._cli_class(args=changed)
-        # Those of dozens of trainings would fill the disk, and stand where the real training puts its own.
-        cli.trainer.callbacks = [item for item in cli.trainer.callbacks if not isinstance(item, Checkpoint)]
-        hide_summaries(cli.trainer.callbacks)
         data = [] if cli.datamodule is None else [cli.datamodule]
         return train(cli.trainer, cli.model, *data, monitor=self.options.monitor, run=run, **cli.fit_arguments)
 

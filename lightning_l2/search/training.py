@@ -16,9 +16,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_l2.norms import squared_norms
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.search.run import Fit, Outcome, TrialRun
+from lightning_l2.search.target import hide_summaries
 from lightning_l2.sharding import flat_shards
 
 Make = Callable[..., tuple[Any, ...]]
+# What a Trainer shows and keeps of one training drowns the search, fills the disk and stands in the place of another's.
+LEFT_OUT = {"Checkpoint", "ModelSummary", "ProgressBar"}
 
 
 class TrainingRecorder(Checkpoint):
@@ -99,11 +102,15 @@ def fit_from(make: Make, monitor: str) -> Fit:
 def train(trainer: Any, module: Any, *data: Any, monitor: str, run: TrialRun, **fit_options: Any) -> Outcome:
     """Fit a Trainer and return the metrics of all epochs and the norm of the weights that decay, or else of all.
 
+    It shows no progress and no summary and writes no checkpoint.
+
     Raises:
         MisconfigurationException: If the monitored metric never appeared.
     """
     recorder = TrainingRecorder(monitor, None if _spawns(trainer) else run.report)
-    trainer.callbacks.append(recorder)
+    kept = [item for item in trainer.callbacks if LEFT_OUT.isdisjoint(kind.__name__ for kind in type(item).__mro__)]
+    hide_summaries(kept)
+    trainer.callbacks = [*kept, recorder]
     trainer.fit(module, *data, **fit_options)
     curves = copy.deepcopy(recorder.curves)
     for name, value in scalars(trainer).items():
