@@ -1,6 +1,7 @@
 """The search on functions that stand in for a training."""
 
 import functools
+import itertools
 import logging
 import math
 import sys
@@ -78,6 +79,26 @@ def test_the_order_of_trials() -> None:
     # 0.01 is the best with equal gaps of one decade; then 0.0316, whose gaps are half of one
     assert tried[4:6] == pytest.approx([10**-2.5, 10**-1.5], rel=1e-5)
     assert set(np.round(np.log10(tried[6:]), 3)) == {-1.75, -1.25} or tried[6] == pytest.approx(10**-1.75, rel=1e-5)
+
+
+def test_the_suggested_value_is_refined_too() -> None:
+    """On a plateau the best value is any, and what is asked for is where it ends: here at 0.004."""
+
+    def plateau(run: TrialRun) -> float:
+        noise = np.random.default_rng([run.trial, run.seed]).normal()
+        return 1.0 + 0.01 * noise + max(0.0, math.log10(run.weight_decay / 0.004))
+
+    for seed in range(0, 100, 10):
+        result = search(fit=plateau, seeds=3, seed=seed)
+        assert result.weight_decay < 0.004 * 1.1
+        beyond = min(trial.weight_decay for trial in result.trials if trial.weight_decay > result.weight_decay)
+        assert beyond / result.weight_decay < 3, "the grid's gaps are factors of 4.6 above 0.001, and of 10 below"
+
+
+def test_no_value_is_tried_twice_at_the_end_of_a_range() -> None:
+    """Where the end is best, halving would come ever closer to it."""
+    tried = sorted(trial.weight_decay for trial in search(fit=lambda run: run.weight_decay, seeds=1, trials=20).trials)
+    assert min(larger / smaller for smaller, larger in itertools.pairwise(tried)) > 1.09
 
 
 def test_lambda_and_the_learning_rate_together() -> None:
