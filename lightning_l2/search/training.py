@@ -73,6 +73,19 @@ class TrainingRecorder(Checkpoint):
         shards = flat_shards(trainer.strategy.model or pl_module)
         self.l2_norm = float(squared_norms(weights, [shards.get(id(weight)) for weight in weights]).sum().sqrt())
 
+    def outcome(self, trainer: Any) -> Outcome:
+        """Return what was recorded once a training has ended.
+
+        Raises:
+            MisconfigurationException: If the monitored metric never appeared.
+        """
+        curves = copy.deepcopy(self.curves)
+        for name, value in scalars(trainer).items():
+            # Metrics that appear only when training ends, and all of them where it ran in another process.
+            curves.setdefault(name, [value])[-1] = value
+        check_monitored(trainer, self._monitor, curves)
+        return curves if self.l2_norm is None else {**curves, "l2_norm": self.l2_norm}
+
 
 def scalars(trainer: pl.Trainer) -> dict[str, float]:
     """Return the metrics of a Trainer as numbers, without those of single steps where the epoch's are there."""
@@ -112,12 +125,7 @@ def train(trainer: Any, module: Any, *data: Any, monitor: str, run: TrialRun, **
     hide_summaries(kept)
     trainer.callbacks = [*kept, recorder]
     trainer.fit(module, *data, **fit_options)
-    curves = copy.deepcopy(recorder.curves)
-    for name, value in scalars(trainer).items():
-        # Metrics that appear only when training ends, and all of them where it ran in another process.
-        curves.setdefault(name, [value])[-1] = value
-    check_monitored(trainer, monitor, curves)
-    return curves if recorder.l2_norm is None else {**curves, "l2_norm": recorder.l2_norm}
+    return recorder.outcome(trainer)
 
 
 def _checked(parts: Any) -> tuple[Any, ...]:
