@@ -50,20 +50,24 @@ class TrainingRecorder(Checkpoint):
         """Record here: training and validation metrics of the epoch are complete."""
         for name, value in scalars(trainer).items():
             self.curves.setdefault(name, []).append(value)
-        if self._is_validated and not self._is_checked:
+        if self._report is not None and self._is_validated and not self._is_checked:
             self._is_checked = True
-            if self._monitor not in self.curves:
-                rank_zero_warn(
-                    f"The metric monitor={self._monitor!r} has not appeared in the first epoch with a validation. "
-                    f"Those that did: {', '.join(sorted(self.curves)) or 'none'}. Unless it comes later, stop this "
-                    "search and give one of them as monitor."
-                )
+            self._warn_if_missing()
         if self._report is not None and _in_second_half(trainer):
             value = self.curves.get(self._monitor, [math.nan])[-1]
             # Only rank 0 has the study open; all ranks have to stop together.
             hopeless = trainer.is_global_zero and not math.isnan(value) and self._report(trainer.current_epoch, value)
             if trainer.strategy.broadcast(hopeless):
                 trainer.should_stop = True
+
+    def _warn_if_missing(self) -> None:
+        """Spare who gave a wrong name the rest of the first training, which may take hours."""
+        if self._monitor not in self.curves:
+            rank_zero_warn(
+                f"The metric monitor={self._monitor!r} has not appeared in the first epoch with a validation. Those "
+                f"that did: {', '.join(sorted(self.curves)) or 'none'}. Unless it comes later, stop this search and "
+                "give one of them as monitor."
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the weights that decay here, while groups are split and weights on their devices."""
