@@ -43,11 +43,11 @@ def draw(
     draw_choice(grid[1, 0], runs, three)
     draw_norms(grid[1, 1], runs, three)
     weights = {f"λ = {value:g}": (runs[value].weights, colour) for value, colour in three.values()}
-    draw_weights(grid[1, 2], weights)
+    draw_weights(grid[1, 2], weights, 0.005, "smaller than 0.005")
     decorate(grid[1, 2], "Larger λ: weights closer to 0", "weight", "number of weights")
     draw_errors(grid[2, 0], {"nothing": runs[0.0], **others})
     kinds = {"L2": GREEN, "L1": COLOURS[4], "dropout": COLOURS[5]}
-    draw_weights(grid[2, 1], {name: (others[name].weights, colour) for name, colour in kinds.items()})
+    draw_weights(grid[2, 1], {name: (others[name].weights, colour) for name, colour in kinds.items()}, 0.0, "exactly 0")
     decorate(grid[2, 1], "L2 and dropout stay dense, L1 is sparse", "weight", "number of weights")
     draw_ridge(grid[2, 2], *ridge)
     return figure
@@ -77,7 +77,10 @@ def draw_losses(axes: Axes, run: Run, highest: float) -> None:
 def draw_choice(axes: Axes, runs: Mapping[float, Run], three: Mapping[str, tuple[float, str]]) -> None:
     """Draw the final losses against lambda."""
     places = places_of(list(runs))
-    for metric, colour, label in (("val_loss", HELD_OUT, "held-out digits"), ("train_loss", TRAIN, "samples")):
+    for metric, colour, label in (
+        ("val_loss", HELD_OUT, "on held-out digits"),
+        ("train_loss", TRAIN, "on the samples"),
+    ):
         axes.plot(places, [run.last(metric) for run in runs.values()], "o-", color=colour, linewidth=2.2, label=label)
     for weight_decay, colour in three.values():
         place = places[list(runs).index(weight_decay)]
@@ -120,12 +123,19 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     return heights
 
 
-def draw_weights(axes: Axes, weights: Mapping[str, tuple[torch.Tensor, str]]) -> None:
-    """Draw how the weights are distributed, and how many are next to 0."""
+def draw_weights(axes: Axes, weights: Mapping[str, tuple[torch.Tensor, str]], zero: float, words: str) -> None:
+    """Draw how the weights are distributed, and write how many are 0 or next to it.
+
+    Args:
+        axes: Where to draw.
+        weights: Weights and a colour by name.
+        zero: The largest size of a weight that counts as 0.
+        words: What such a weight is called.
+    """
     reach = 0.6
     for name, (values, colour) in weights.items():
-        zeros = (values.abs() < 0.005).float().mean().item()
-        style = {"histtype": "step", "linewidth": 2.0, "color": colour, "label": f"{name}: {zeros:.0%} below 0.005"}
+        zeros = (values.abs() <= zero).float().mean().item()
+        style = {"histtype": "step", "linewidth": 2.0, "color": colour, "label": f"{name}: {zeros:.0%} {words}"}
         axes.hist(values.tolist(), bins=81, range=(-reach, reach), log=True, **style)
     axes.set_ylim(0.7, 3e6)  # room for the legend
     axes.legend(frameon=False, fontsize=9, loc="upper left")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_l2.histograms import Histogram, histogram
 from lightning_l2.norm_report import NormReport
 from lightning_l2.reading import Reading
+from lightning_l2.sharding import show_shards
 from lightning_l2.watching import Watched, signature, watch
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class NormTracker:
 
     def _watch(self, model: nn.Module, optimizers: Sequence[Optimizer], root: nn.Module | None) -> Watched:
         """Return what to watch, looked up again only if parameters or groups have changed: it takes a millisecond."""
+        show_shards(model if root is None else root)
         if self._watched is None or self._signature != signature(self._parameters, optimizers):
             options = self._options
             self._parameters = list(model.parameters())

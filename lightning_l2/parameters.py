@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_l2.exemptions import class_names, is_bias, is_norm, is_weight_norm_magnitude
+from lightning_l2.sharding import show_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +105,7 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
         RuntimeError: If a lazy parameter has no shape yet, or FSDP1 has flattened one and is not in the root.
         TypeError: If a module's `no_weight_decay()` returns anything but names.
     """
+    show_shards(model if root is None else root)
     sites = list(_sites(model))
     shapes = _shapes_before_flattening(model if root is None else root)
     site_of = {id(site.holder): site for site in sites}

@@ -123,6 +123,22 @@ def flat_shards(module: nn.Module) -> dict[int, ProcessGroup]:
     return groups
 
 
+def show_shards(module: nn.Module) -> None:
+    """Let a module that FSDP2 sharded have its shards as parameters again; these are what the optimizer has.
+
+    After a forward without a backward, such as a validation's, the outermost sharded module still has whole parameters.
+
+    Args:
+        module: The outermost module, or one around it.
+
+    >>> show_shards(nn.Linear(2, 2))
+    """
+    if dist.is_available() and dist.is_initialized():
+        for part in module.modules():
+            if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
+                part.reshard()  # type: ignore[operator]  # of that class
+
+
 def _is_dtensor(tensor: Tensor) -> bool:
     # No import of torch.distributed.tensor, which takes a second, for a run that has no DTensors.
     return hasattr(tensor, "placements")

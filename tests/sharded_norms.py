@@ -67,6 +67,8 @@ def track(model, root=None):
     """Three steps of SGD, all that the tracker says of the last, and the collectives of its fetch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.2)
     tracker = NormTracker(NormOptions(per="total", gradients=True, updates=True, rotation=True, initial_ratio=True), {})
+    with torch.no_grad():  # as a validation does, after which FSDP2's outermost module keeps whole parameters
+        (root or model)(torch.ones(2, 7))
     for step in range(3):
         tracker.begin(step, model, [optimizer], root, step)
         optimizer.zero_grad()

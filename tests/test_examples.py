@@ -96,10 +96,10 @@ def test_comparison_runs_and_can_be_read(compare_lambda, monkeypatch, tmp_path, 
     assert_readable(figures[0])
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.02])
-def test_comparison_trains_as_a_plain_loop_does(compare_lambda, decay) -> None:
-    """The same in plain torch, the penalty written into the loss."""
-    run = compare_lambda.train(decay, steps=20)
+@pytest.mark.parametrize(("decay", "l1"), [(0.0, 0.0), (0.02, 0.0), (0.0, 0.002)])
+def test_comparison_trains_as_a_plain_loop_does(compare_lambda, decay, l1) -> None:
+    """The same in plain torch, the L2 penalty written into the loss, the L1 penalty as a step of its own."""
+    run = compare_lambda.train(decay, steps=20, l1=l1)
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     few = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[:60]
     torch.manual_seed(0)
@@ -112,9 +112,13 @@ def test_comparison_trains_as_a_plain_loop_does(compare_lambda, decay) -> None:
         optimizer.zero_grad()
         (loss + penalty).backward()
         optimizer.step()
+        for layer in layers:
+            weight = layer.weight.data
+            weight.copy_(weight.sign() * (weight.abs() - l1).clamp(min=0))  # lr / (1 - momentum) is 1
     weights = torch.cat([layer.weight.detach().flatten() for layer in layers])
     torch.testing.assert_close(run.weights, weights, rtol=1e-4, atol=1e-6)
     assert run.last("train_loss") == pytest.approx(loss.item(), rel=1e-5)
+    assert bool((run.weights == 0).any()) == (l1 > 0)
 
 
 def test_comparison_is_ridge_regression_on_a_linear_model(compare_lambda) -> None:

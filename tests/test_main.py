@@ -11,7 +11,6 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_l2 import WeightDecay
@@ -177,7 +176,7 @@ def test_the_optimizer_of_the_configuration() -> None:
     assert best == {"optimizer": {"init_args": {"weight_decay": 0.001}}}
 
 
-def test_the_same_command_continues_and_another_one_does_not() -> None:
+def test_the_same_command_continues_and_another_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     config = write("fit.yaml", BASE)
     search("--config", config, trials=2)
     stamp = Path("weight_decay_search/study.journal").stat().st_size
@@ -185,8 +184,8 @@ def test_the_same_command_continues_and_another_one_does_not() -> None:
     assert Path("weight_decay_search/study.journal").stat().st_size - stamp < 1000, "nothing was trained"
     search("--config", config, trials=3)
     assert len(rows()) == 3
-    with pytest.raises(ValueError, match=r"another search: config\.model\.init_args\.hidden=9 \(there: 4\)"):
-        search("--config", config, "--model.init_args.hidden=9")
+    assert search("--config", config, "--model.init_args.hidden=9") == 1
+    assert "another search: config.model.init_args.hidden=9 (there: 4)" in capsys.readouterr().err
 
 
 def test_the_dashboard_opens_the_study() -> None:
@@ -227,19 +226,49 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(tmp_path: 
         (["--search.key=model.init_args.wd"], "no key 'model.init_args.wd' to search. Closest keys: model.init_args"),
         (["--model_class=nowhere.Model"], "There is no class 'nowhere.Model'"),
         (["--cli=tests.search.cli_project.Nothing"], "There is no class 'tests.search.cli_project.Nothing'"),
+        (["--search.trails=3"], "unrecognized arguments: --search.trails=3. Closest options: --search.trials, --"),
+        (["--search.mode=least"], 'Parser key "search.mode": Expected a'),
+        (["--model.hidden=many"], "error: "),
     ],
 )
 def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(["search", "--config", write("fit.yaml", BASE), *arguments])
     assert error.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    told = capsys.readouterr().err
+    assert message in " ".join(told.split())
+    assert len(told.splitlines()) < 20, "not all of the hundreds of options"
     assert not Path("weight_decay_search").exists()
 
 
-def test_a_metric_that_never_appears() -> None:
-    with pytest.raises(MisconfigurationException, match=r"monitor='val_acc'.*Those that did: train_loss, val_loss"):
-        search("--config", write("fit.yaml", BASE), "--search.monitor=val_acc")
+@pytest.mark.parametrize("config", [{"model": {"hidden": 4}}, {}])
+def test_a_configuration_without_classes_is_told_which_options_name_them(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["search", "--config", write("fit.yaml", {"trainer": BASE["trainer"]}, config)])
+    assert "give them here too: --model_class package.module.Class." in capsys.readouterr().err
+
+
+def test_a_metric_that_never_appears_and_the_mended_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="Unless it comes later"):
+        assert search("--config", write("fit.yaml", BASE), "--search.monitor=val_acc") == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("python -m lightning_l2 search: error: The metric monitor='val_acc' never appeared")
+    assert "Those that did: train_loss, val_loss" in told
+    assert search("--config", "fit.yaml") == 0
+
+
+def test_trainings_write_no_checkpoints() -> None:
+    """They would stand among those of the training that comes later, and fill the disk."""
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "mine", "monitor": "val_loss"}}
+    trainer = {**BASE["trainer"], "callbacks": [checkpoint], "enable_checkpointing": True}
+    config = write("fit.yaml", BASE, {"trainer": trainer})
+    assert search("--config", config) == 0
+    assert not Path("mine").exists()
+    assert not list(Path().rglob("*.ckpt"))
+    best = fit_cli("--config", config, "--config", "weight_decay_search/best.yaml")
+    assert best.trainer.checkpoint_callback.dirpath.endswith("mine")
 
 
 def test_help_and_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:

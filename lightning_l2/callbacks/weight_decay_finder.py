@@ -24,7 +24,7 @@ from lightning_l2.search.plan import SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.study import run_search
 from lightning_l2.search.target import hide_summaries, set_weight_decay
-from lightning_l2.search.training import TrainingRecorder, check_monitored, scalars
+from lightning_l2.search.training import TrainingRecorder
 from lightning_l2.snapshot import Snapshot, data_holders, random_state_kept, working_on_copies
 
 if TYPE_CHECKING:
@@ -174,9 +174,7 @@ class WeightDecayFinder(Callback):
             pl_module.on_fit_start()
             trainer.fit_loop.run()
             trainer.fit_loop.teardown()
-            curves = {**recorder.curves, **{name: [value] for name, value in scalars(trainer).items()}}
-            check_monitored(trainer, self.plan.monitor, curves)
-            outcome: Outcome = trainer.strategy.broadcast({**curves, "l2_norm": recorder.l2_norm})
+            outcome: Outcome = trainer.strategy.broadcast(recorder.outcome(trainer))
             return outcome
 
 

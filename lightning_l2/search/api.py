@@ -38,9 +38,9 @@ def search_weight_decay(
 ) -> SearchResult:
     """Choose lambda: train with values on a log scale and compare them on held-out data.
 
-    The first trial is 1e-3, then comes a coarse grid over the range, then the neighbourhood of the best. Each value
-    is trained with the same few seeds. The suggestion is the largest lambda whose metric is within one standard error
-    of the best; the plain best is beside it. A search costs `trials * seeds` trainings.
+    The first trial is 1e-3, then comes a coarse grid over the range, then the neighbourhood of the best and of the
+    suggestion. Each value is trained with the same few seeds. The suggestion is the largest lambda whose metric is
+    within one standard error of the best; the plain best is beside it. A search costs `trials * seeds` trainings.
 
     A trial that ends in nan or infinity, or raises once others are complete, counts as failed and the search goes
     on. An error in the first trial ends the search. Random states are as before afterwards.
@@ -51,7 +51,8 @@ def search_weight_decay(
 
     Args:
         make: called as `make(weight_decay, **others)`; returns a new `(trainer, module)`, `(trainer, module, data)`
-            or `(trainer, module, train_dataloaders, val_dataloaders)`. Seeds are set before the call.
+            or `(trainer, module, train_dataloaders, val_dataloaders)`. Seeds are set before the call. These Trainers
+            show no progress bars and no summaries and write no checkpoints.
         fit: in place of `make`, a function that does one training itself. It is given a `TrialRun` with
             `weight_decay`, `seed`, `others` and `report(epoch, value)`, and returns the metric, or a mapping with
             all metrics, each one number or one for each epoch.
@@ -63,11 +64,12 @@ def search_weight_decay(
         trials: number of values of lambda.
         seeds: trainings for each of them. With one, the noise is unknown and the suggestion is the plain best.
         seed: the first random seed; it also decides which values "tpe" samples.
-        method: "grid" halves the wider gap beside the best value, "tpe" samples where good values are likely. None
-            is "grid" for lambda alone, "tpe" for a joint search.
+        method: "grid" halves the widest gap beside the best and the suggested value, "tpe" samples where good values
+            are likely. None is "grid" for lambda alone, "tpe" for a joint search.
         also: what to search jointly, name to `Range`, such as `{"lr": Range(1e-4, 1e-2)}`.
         prune: whether a training is stopped that, once the grid is complete, is worse than three quarters of the
-            complete trials at the same epoch; nothing is stopped in the first half of a training.
+            complete trials at the same epoch, by more than seeds differ; nothing is stopped in the first half of a
+            training.
         pick: which value of the metric counts, the "last" of a training or its "best".
         storage: None to keep trials in this process; a path that ends in .db, .sqlite or .sqlite3 for SQLite; any
             other path for a journal file; a database URL; or an Optuna storage.
@@ -76,10 +78,10 @@ def search_weight_decay(
 
     Raises:
         ModuleNotFoundError: If Optuna isn't installed.
-        TypeError: If neither or both of `make` and `fit` are given.
-        ValueError: If a value is out of its range, or the storage holds another search under this name.
-        MisconfigurationException: If `make` returns something else or a Trainer that trained before, or the
-            monitored metric never appeared, with those that did.
+        TypeError: If neither or both of `make` and `fit` are given, or `also` has something else than a `Range`.
+        ValueError: If a value is out of its range, or the monitored metric is not in what `fit` returns.
+        MisconfigurationException: If `make` returns something else or a Trainer that trained before, the monitored
+            metric never appeared in a training, or the storage holds another search under this name.
         RuntimeError: If every trial failed.
 
     Example:

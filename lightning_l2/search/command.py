@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.search.project import Project
 from lightning_l2.search.ranks import is_first_rank, search_on_all_ranks
@@ -24,9 +25,14 @@ DESCRIPTION = """\
 Choose lambda: train with several values of weight decay and compare them on the validation data.
 
 Takes everything that `fit` of a LightningCLI takes: --config, once or several times, and overrides of single values.
-What to search is set by the options --search.*, or by a section `search:` in a configuration; --help with a
-configuration lists them all. The same command continues a search that was stopped, and shares it with other processes
-and machines that have the same --search.storage.
+What to search is set by the options --search.*, or by a section `search:` in a configuration. The same command
+continues a search that was stopped, and shares it with other processes and machines that have the same
+--search.storage.
+
+  python -m lightning_l2 search --config fit.yaml
+  python -m lightning_l2 search --config fit.yaml --search.monitor val_acc --search.mode max --search.trials 8
+  python -m lightning_l2 search --config fit.yaml --search.also '{model.init_args.lr: {low: 1.0e-4, high: 1.0e-2}}'
+  python -m lightning_l2 search --config fit.yaml --model_class my.Model --data_class my.Data
 """
 OPTIONS = {
     "--model_class": "class of the model, package.module.Class, where the configuration's `model` has no class_path",
@@ -36,7 +42,9 @@ OPTIONS = {
 
 
 def search_command(arguments: Sequence[str]) -> int:
-    """Run the search and return the exit code: 0, 2 if an option is wrong, 130 if it was interrupted.
+    """Run the search and return the exit code.
+
+    It is 0, 1 if the training can't be searched as it is set up, 2 if an option is wrong, 130 after an interrupt.
 
     Args:
         arguments: what follows `search` on the command line.
@@ -54,7 +62,7 @@ def search_command(arguments: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(arguments)
     if not rest or "-h" in rest or "--help" in rest:
         parser.print_help()
-        print("\nOptions of the training and of the search:\n")
+        print("\nOptions of the search and of the training:\n")
         rest = [*rest, "--help"]
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -70,10 +78,13 @@ def _search(project: Project) -> int:
     folder = Path(options.folder)
     storage = options.storage or str(folder / "study.journal")
     try:
-        with _quiet_trainers():
-            result = search_on_all_ranks(
-                project.fit, options, storage=storage, name=options.name, setting=project.settings()
-            )
+        result = search_on_all_ranks(
+            project.fit, options, storage=storage, name=options.name, setting=project.settings()
+        )
+    except MisconfigurationException as error:
+        if is_first_rank():
+            print(f"\npython -m lightning_l2 search: error: {error}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, SystemExit):
         # The Trainer turns an interrupt into an exit of the process.
         if is_first_rank():
@@ -109,17 +120,3 @@ def _write_best(project: Project, result: SearchResult, path: Path) -> Path:
     head = words("suggested", result.suggestion) + words("plain best", result.best)
     path.write_text(head + yaml.safe_dump(project.best(result.suggestion), sort_keys=False))
     return path
-
-
-@contextmanager
-def _quiet_trainers() -> Iterator[None]:
-    """Keep each of the many Trainers from telling which devices there are."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

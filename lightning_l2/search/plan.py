@@ -69,14 +69,17 @@ class SearchPlan:
         trials: number of values of lambda to try.
         seeds: trainings for each of them, each with its own random seed, the same seeds for every lambda.
         seed: the first of these seeds; the second is one more, and so on.
-        method: how values are chosen once a coarse grid is done: "grid" halves the wider gap beside the best one,
-            "tpe" samples where good values are likely. None is "grid" for lambda alone, "tpe" for a joint search.
+        method: how values are chosen once a coarse grid is done: "grid" halves the widest gap beside the best and the
+            suggested one, "tpe" samples where good values are likely. None is "grid" for lambda alone, "tpe" for a
+            joint search.
         also: further quantities to search jointly, name to range; not with "grid".
         prune: whether a training is stopped that, once the grid is complete, is worse than three quarters of the
-            complete trials at the same epoch; nothing is stopped in the first half of a training.
+            complete trials at the same epoch, by more than seeds differ; nothing is stopped in the first half of a
+            training.
         pick: which value of the metric counts, the "last" of a training or its "best".
 
     Raises:
+        TypeError: If `also` has something else than a `Range`.
         ValueError: If a value is out of its range or two of them contradict each other.
 
     Example:
@@ -111,6 +114,9 @@ class SearchPlan:
             raise ValueError(
                 f"method='grid' searches lambda alone but also={sorted(self.also)} asks for more. Use 'tpe'."
             )
+        for name, space in self.also.items():
+            if not isinstance(space, Range):
+                raise TypeError(f"Expected also to map names to Range(low, high) but got {name}={space!r}.")
         if "weight_decay" in self.also:
             raise ValueError("also has 'weight_decay', which is searched anyway. Set its range by low and high.")
 

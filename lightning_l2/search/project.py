@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,7 +15,6 @@ from typing import Any
 from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.suggestion import Trial
-from lightning_l2.search.target import hide_summaries
 from lightning_l2.search.training import train
 
 # What may differ between processes that share a search.
@@ -27,7 +28,8 @@ class SearchOptions(SearchPlan):
     Args:
         key: configuration key that takes lambda, such as `model.init_args.weight_decay`. None is the callback
             `WeightDecay`, which is added where the configuration has none.
-        folder: where results are written: the trials as a table and pictures, `best.yaml`, and what trainings log.
+        folder: where results are written: the trials as a table and pictures, `best.yaml`, and what trainings log; they
+            write no checkpoints.
         storage: where trials are kept: a path for a journal file, one that ends in .db for SQLite, or a database URL
             for many machines. None is a journal file in the folder.
         name: the study's name in the storage.
@@ -63,9 +65,13 @@ class Project:
     ) -> None:
         given = {"model_class": model_class, "datamodule_class": data_class}
         classes = {name: import_class(path) for name, path in given.items() if path is not None}
-        self._cli_class = partial(_search_cli(cli), **classes, save_config_callback=None, seed_everything_default=False)
+        search_cli = _search_cli(cli)
+        self._cli_class = partial(search_cli, **classes, save_config_callback=None, seed_everything_default=False)
         try:
             self._cli_class(args=["fit", *arguments])
+        except argparse.ArgumentError as error:
+            absent = [name for name, path in (("model", model_class), ("data", data_class)) if path is None is cli]
+            raise ValueError(_explain(str(error), absent, search_cli.fit_parser)) from error
         except _Parsed as parsed:
             self._configuration, self._parser = parsed.configuration, parsed.parser
         self._configuration["fit"].pop("config", None)
@@ -88,14 +94,7 @@ class Project:
         fit["seed_everything"] = run.seed
         folder = Path(self.options.folder) / "trainings" / f"trial_{run.trial}_seed_{run.seed}"
         fit["trainer.default_root_dir"] = str(folder)
-        quiet = {"enable_progress_bar", "enable_model_summary"}
-        if not any(is_a(callback["class_path"], "Checkpoint") for callback in _callbacks(fit)):
-            quiet.add("enable_checkpointing")
-        for name in quiet:
-            if fit[f"trainer.{name}"] is None:
-                fit[f"trainer.{name}"] = False
         cli = self._cli_class(args=changed)
-        hide_summaries(cli.trainer.callbacks)
         data = [] if cli.datamodule is None else [cli.datamodule]
         return train(cli.trainer, cli.model, *data, monitor=self.options.monitor, run=run, **cli.fit_arguments)
 
@@ -154,6 +153,22 @@ class Project:
         return plain
 
 
+def _explain(message: str, absent: Sequence[str], parser: Any) -> str:
+    """Add a way out to what a parser complains about: the closest options, or the classes that were not given."""
+    if unknown := re.search(r"^unrecognized arguments: --([\w.]+)", message, re.IGNORECASE):
+        close = get_close_matches(unknown[1], list(parser.get_defaults().keys()), cutoff=0.5)
+        return f"{message}. Closest options: {', '.join(f'--{name}' for name in close) or 'none'}."
+    options = " and ".join(
+        f"--{name}_class package.module.Class" for name in absent if re.search(rf'(key "|fit\.){name}', message)
+    )
+    if not options:
+        return message
+    return (
+        f"{message}\nWhere the program names its classes itself, as LightningCLI(Model, Data) does, so that the "
+        f"configuration has no class_path, give them here too: {options}."
+    )
+
+
 def import_class(path: str) -> Any:
     """Return a class by `package.module.Class`.
 
@@ -199,9 +214,16 @@ def _search_cli(path: str | None) -> Any:
         def subcommands() -> dict[str, set[str]]:
             return {"fit": base.subcommands()["fit"]}
 
-        def add_arguments_to_parser(self, parser: Any) -> None:
-            super().add_arguments_to_parser(parser)
+        def init_parser(self, **options: Any) -> Any:
+            parser = super().init_parser(usage=argparse.SUPPRESS, **options)
+            # So that it raises: its own way prints hundreds of options before the error.
+            parser.exit_on_error = False
+            return parser
+
+        def add_core_arguments_to_parser(self, parser: Any) -> None:
+            type(self).fit_parser = parser
             parser.add_class_arguments(SearchOptions, "search")
+            super().add_core_arguments_to_parser(parser)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             # Without the warning that arguments are given although the process has some of its own.

@@ -69,10 +69,12 @@ class TrialQueue:
         """Take the next waiting trial, or return None while other processes run the rest."""
         self._replace_lost()
         trials = self.trials()
-        for trial in self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.WAITING,)):
+        waiting = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.WAITING,))
+        # By place, because one that was given up waits last but is of the grid that others build on.
+        for trial in sorted(waiting, key=lambda trial: trial.user_attrs.get("place", len(self._places))):
             place = trial.user_attrs.get("place", len(self._places))
             if place >= len(self._places):
-                continue
+                break
             if trials[place].number != trial.number:
                 self._fail(trial)
             elif self._start(trial):

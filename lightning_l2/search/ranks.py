@@ -17,6 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_l2.search.plan import SearchPlan
+from lightning_l2.search.quiet import quiet_trainings
 from lightning_l2.search.result import SearchResult
 from lightning_l2.search.run import Fit, Outcome, TrialRun, never
 from lightning_l2.search.study import load_result, run_search
@@ -63,6 +64,11 @@ def is_first_rank() -> bool:
 
 
 def _follow(fit: Fit, message: Any) -> SearchResult:
+    with quiet_trainings():
+        return _train_all(fit, message)
+
+
+def _train_all(fit: Fit, message: Any) -> SearchResult:
     while not isinstance(message, SearchResult):
         if isinstance(message, TrialRun):
             try:

@@ -85,7 +85,10 @@ class SearchResult:
         return rows
 
     def table(self) -> str:
-        """Return the trials as text, in the order of lambda, with the best and the suggested one marked."""
+        """Return the trials as text, in the order of lambda, with the best and the suggested one marked.
+
+        A last line says where the suggested lambda is an end of the range.
+        """
         others = list(self.plan.also)
         lines = [["trial", "lambda", *others, self.plan.monitor, "spread", "l2_norm", "state", ""]]
         marks = self._marks()
@@ -96,7 +99,16 @@ class SearchResult:
             lines.append([str(trial.number), *cells, trial.state, marks.get(trial.number, "")])
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
         text = ["  ".join([*map(str.rjust, line, widths), line[-1]]).rstrip() for line in lines]
-        return "\n".join(text)
+        return "\n".join(text + self._remarks(set(marks)))
+
+    def _remarks(self, marked: set[int]) -> list[str]:
+        if not marked or self.plan.trials == 1:
+            return []
+        if self.weight_decay >= self.plan.high:
+            return ["The suggested lambda is the upper end of the range: a larger one may do as well, so raise `high`."]
+        if self.weight_decay <= self.plan.low:
+            return ["The suggested lambda is the lower end of the range: a smaller one may do better, so lower `low`."]
+        return []
 
     def _marks(self) -> dict[int, str]:
         if not any(trial.state == "complete" for trial in self.trials):

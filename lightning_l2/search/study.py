@@ -17,7 +17,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.search.plan import SearchPlan
 from lightning_l2.search.progress import SearchProgress
+from lightning_l2.search.pruner import make_pruner
 from lightning_l2.search.queue import TrialQueue
+from lightning_l2.search.quiet import quiet_trainings
 from lightning_l2.search.result import SearchResult
 from lightning_l2.search.run import Fit, TrialRun, as_run
 from lightning_l2.search.sampler import make_sampler
@@ -57,10 +59,11 @@ def run_search(
 
     Raises:
         ModuleNotFoundError: If Optuna isn't installed.
+        MisconfigurationException: If the study in the storage answers another question.
         RuntimeError: If no trial is complete in the end.
-        ValueError: If the study in the storage answers another question, or the metric is missing.
+        ValueError: If the metric is missing.
     """
-    with _quiet(import_optuna()), open_storage(storage) as opened:
+    with _quiet(import_optuna()), quiet_trainings(), open_storage(storage) as opened:
         study, is_new = _open_study(opened, name, plan, {**plan.question(), **(setting or {})})
         queue = TrialQueue(study, opened, _places(plan), heartbeat)
         if is_new:
@@ -107,10 +110,7 @@ def _open_study(
     storage: optuna.storages.BaseStorage, name: str, plan: SearchPlan, question: Mapping[str, Any]
 ) -> tuple[optuna.Study, bool]:
     optuna = import_optuna()
-    pruner = optuna.pruners.NopPruner()
-    if plan.prune:
-        # The grid is trained in full: without its bad ends, good values would be compared with the best alone.
-        pruner = optuna.pruners.PercentilePruner(75.0, n_startup_trials=max(4, len(plan.coarse())))
+    pruner = make_pruner(plan)
     direction = "minimize" if plan.mode == "min" else "maximize"
     question = json.loads(json.dumps(question))
     try:
@@ -121,13 +121,23 @@ def _open_study(
         study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
     kept = study.user_attrs.get("question", question)
     changed = [key for key in sorted({*kept, *question}) if kept.get(key) != question.get(key)]
+    if changed and not _has_begun(study):
+        optuna.delete_study(study_name=name, storage=storage)
+        return _open_study(storage, name, plan, question)
     if changed:
         told = ", ".join(f"{key}={question.get(key)!r} (there: {kept.get(key)!r})" for key in changed)
-        raise ValueError(
+        raise MisconfigurationException(
             f"The study {name!r} in this storage holds trials of another search: {told}. "
-            "Repeat the settings it was started with, or give another storage or name."
+            "Repeat the settings it was started with, or give another storage or name, or on the command line another "
+            "--search.folder."
         )
     return study, False
+
+
+def _has_begun(study: optuna.Study) -> bool:
+    """Return whether there is a training in a study, done or running; else only settings that didn't work."""
+    idle = (import_optuna().trial.TrialState.WAITING, import_optuna().trial.TrialState.FAIL)
+    return any(trial.state not in idle or "runs" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
 
 
 def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: TrialQueue, trained: Callable[[], None]) -> None:
@@ -166,7 +176,7 @@ def _train_seeds(
         # Other seeds report nothing: Optuna keeps one value for each epoch of a trial.
         if plan.prune and not runs:
             trial.report(value, epoch)
-            if trial.should_prune():
+            if place >= len(plan.coarse()) and trial.should_prune():
                 stopped.append(epoch)
         return bool(stopped)
 

@@ -52,8 +52,9 @@ class Trial:
 
     @property
     def mean(self) -> float:
-        """Mean of the metric over the seeds, nan without a training."""
-        return statistics.fmean(run.value for run in self.runs) if self.runs else math.nan
+        """Mean of the metric over the seeds, nan without a training and for one that was stopped before its end."""
+        has_ended = self.runs and self.state != "pruned"
+        return statistics.fmean(run.value for run in self.runs) if has_ended else math.nan
 
     @property
     def spread(self) -> float:

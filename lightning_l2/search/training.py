@@ -10,14 +10,18 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_l2.norms import squared_norms
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.search.run import Fit, Outcome, TrialRun
+from lightning_l2.search.target import hide_summaries
 from lightning_l2.sharding import flat_shards
 
 Make = Callable[..., tuple[Any, ...]]
+# What a Trainer shows and keeps of one training drowns the search, fills the disk and stands in the place of another's.
+LEFT_OUT = {"Checkpoint", "ModelSummary", "ProgressBar"}
 
 
 class TrainingRecorder(Checkpoint):
@@ -34,19 +38,36 @@ class TrainingRecorder(Checkpoint):
     def __init__(self, monitor: str, report: Callable[[int, float], bool] | None) -> None:
         self._monitor = monitor
         self._report = report
+        self._is_validated = self._is_checked = False
         self.curves: dict[str, list[float]] = {}
         self.l2_norm: float | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notice here that validation metrics have had their chance to appear."""
+        self._is_validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record here: training and validation metrics of the epoch are complete."""
         for name, value in scalars(trainer).items():
             self.curves.setdefault(name, []).append(value)
+        if self._report is not None and self._is_validated and not self._is_checked:
+            self._is_checked = True
+            self._warn_if_missing()
         if self._report is not None and _in_second_half(trainer):
             value = self.curves.get(self._monitor, [math.nan])[-1]
             # Only rank 0 has the study open; all ranks have to stop together.
             hopeless = trainer.is_global_zero and not math.isnan(value) and self._report(trainer.current_epoch, value)
             if trainer.strategy.broadcast(hopeless):
                 trainer.should_stop = True
+
+    def _warn_if_missing(self) -> None:
+        """Spare who gave a wrong name the rest of the first training, which may take hours."""
+        if self._monitor not in self.curves:
+            rank_zero_warn(
+                f"The metric monitor={self._monitor!r} has not appeared in the first epoch with a validation. Those "
+                f"that did: {', '.join(sorted(self.curves)) or 'none'}. Unless it comes later, stop this search and "
+                "give one of them as monitor."
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the weights that decay here, while groups are split and weights on their devices."""
@@ -55,6 +76,19 @@ class TrainingRecorder(Checkpoint):
         weights = decaying or list(pl_module.parameters())
         shards = flat_shards(trainer.strategy.model or pl_module)
         self.l2_norm = float(squared_norms(weights, [shards.get(id(weight)) for weight in weights]).sum().sqrt())
+
+    def outcome(self, trainer: Any) -> Outcome:
+        """Return what was recorded once a training has ended.
+
+        Raises:
+            MisconfigurationException: If the monitored metric never appeared.
+        """
+        curves = copy.deepcopy(self.curves)
+        for name, value in scalars(trainer).items():
+            # Metrics that appear only when training ends, and all of them where it ran in another process.
+            curves.setdefault(name, [value])[-1] = value
+        check_monitored(trainer, self._monitor, curves)
+        return curves if self.l2_norm is None else {**curves, "l2_norm": self.l2_norm}
 
 
 def scalars(trainer: pl.Trainer) -> dict[str, float]:
@@ -85,18 +119,17 @@ def fit_from(make: Make, monitor: str) -> Fit:
 def train(trainer: Any, module: Any, *data: Any, monitor: str, run: TrialRun, **fit_options: Any) -> Outcome:
     """Fit a Trainer and return the metrics of all epochs and the norm of the weights that decay, or else of all.
 
+    It shows no progress and no summary and writes no checkpoint.
+
     Raises:
         MisconfigurationException: If the monitored metric never appeared.
     """
     recorder = TrainingRecorder(monitor, None if _spawns(trainer) else run.report)
-    trainer.callbacks.append(recorder)
+    kept = [item for item in trainer.callbacks if LEFT_OUT.isdisjoint(kind.__name__ for kind in type(item).__mro__)]
+    hide_summaries(kept)
+    trainer.callbacks = [*kept, recorder]
     trainer.fit(module, *data, **fit_options)
-    curves = copy.deepcopy(recorder.curves)
-    for name, value in scalars(trainer).items():
-        # Metrics that appear only when training ends, and all of them where it ran in another process.
-        curves.setdefault(name, [value])[-1] = value
-    check_monitored(trainer, monitor, curves)
-    return curves if recorder.l2_norm is None else {**curves, "l2_norm": recorder.l2_norm}
+    return recorder.outcome(trainer)
 
 
 def _checked(parts: Any) -> tuple[Any, ...]:

@@ -316,30 +316,34 @@ def test_groups_without_any_lambda_all_get_it() -> None:
     assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [search.result.weight_decay]
 
 
-def test_trials_write_nothing_and_are_not_stopped_early(tmp_path: Path) -> None:
-    def callbacks(*more: Any) -> list[Any]:
-        checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", save_top_k=-1)
-        return [EarlyStopping("val_loss", patience=0), checkpoint, LearningRateMonitor(), *more]
-
-    written = []
-    for search in ([], [finder(steps=30)]):
-        folder = tmp_path / str(len(search))
-        logger = CSVLogger(folder)
-        trainer, _, _ = train(
-            Restless,
-            shuffled,
-            lambda logger=logger, search=search: callbacks(WeightDecay(0.1, summary=False), *search),
-            logger=logger,
-            enable_checkpointing=True,
-            log_every_n_steps=1,
+def test_logs_checkpoints_and_early_stopping_see_nothing_of_the_search(tmp_path: Path) -> None:
+    """Nothing improves by 100, so early stopping ends the training after its second epoch, but no trial."""
+    search = finder(steps=30)
+    left: list[dict[str, Any]] = []
+    for name in ("searched", "given"):
+        folder = tmp_path / name
+        watching = [
+            EarlyStopping("val_loss", patience=0, min_delta=100.0),
+            ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1),
+            LearningRateMonitor(),
+        ]
+        decay = [WeightDecay(0.1, summary=False), search] if name == "searched" else []
+        decay = decay or [WeightDecay(search.result.weight_decay, summary=False)]
+        options = {"logger": CSVLogger(folder), "enable_checkpointing": True, "log_every_n_steps": 1}
+        trainer, _, after = train(Restless, shuffled, lambda: [*watching, *decay], **options)  # noqa: B023
+        trainer.logger.save()
+        left.append(
+            {
+                "log": (folder / "lightning_logs/version_0/metrics.csv").read_text(),
+                "files": sorted(path.name for path in folder.glob("*.ckpt")),
+                "states": [watcher.state_dict() for watcher in watching[:1]],
+                "best": (Path(watching[1].best_model_path).name, watching[1].best_model_score),
+                "after": str(after),
+            }
         )
-        logger.save()
-        written.append((folder / "lightning_logs/version_0/metrics.csv").read_text().splitlines())
-        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-        for path in (tmp_path / "checkpoints").iterdir():
-            path.unlink()
-    assert len(written[0]) == len(written[1])
-    assert len(names) <= trainer.current_epoch + 1
+    assert left[0] == left[1]
+    assert len(left[0]["files"]) == 2
+    assert {len(trial.runs[0].curves["val_loss"]) for trial in search.result.trials} == {3}
 
 
 def test_weight_averaging_starts_with_the_training() -> None:

@@ -1,8 +1,9 @@
-"""A search whose trainings run on two processes (DDP), started as a script: the Trainer starts it again for rank 1.
+"""A search whose trainings run on two processes, started as a script: the Trainer starts it again for rank 1.
 
-Usage: python distributed_process.py FOLDER. Every rank writes what it got to FOLDER/rank.
+Usage: python distributed_process.py FOLDER STRATEGY. Every rank writes what it got to FOLDER/rank.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -10,18 +11,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_l2 import WeightDecay
+from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.callbacks.weight_decay_finder import WeightDecayFinder
 from lightning_l2.search import search_weight_decay
+from tests.strategies.worker import strategy_of
 
 
 class Net(pl.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, strategy: str) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 2)
+        self.strategy = strategy
+
+    def configure_model(self) -> None:
+        if self.strategy == "fsdp2-full":
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
@@ -33,37 +42,64 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def make(weight_decay: float | None, *more: Any) -> tuple[Any, ...]:
+def make(weight_decay: float | None, *more: Any, strategy: str = "ddp") -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(32, 4, generator=generator), torch.randn(32, 2, generator=generator))
     trainer = pl.Trainer(
-        callbacks=[WeightDecay(weight_decay, summary=False), *more],
+        callbacks=[WeightDecay(weight_decay, summary=False), L2NormMonitor(every_n_steps=1), *more],
         max_epochs=2,
         accelerator="cpu",
         devices=2,
-        strategy="ddp",
+        strategy=strategy_of(strategy),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return trainer, Net(), DataLoader(data, 4, shuffle=True), DataLoader(data, 4)
+    return trainer, Net(strategy), DataLoader(data, 4, shuffle=True), DataLoader(data, 4)
 
 
-def main(folder: Path) -> None:
-    result = search_weight_decay(make, low=1e-3, high=1.0, trials=4, seeds=2, progress=False, storage=folder / "study")
-    weights = []
+def write(folder: Path, **values: Any) -> None:
+    rank = torch.distributed.get_rank()
+    (folder / str(rank)).write_text(json.dumps(values))
+
+
+def main(folder: Path, strategy: str) -> None:
+    result = search_weight_decay(
+        functools.partial(make, strategy=strategy),
+        low=1e-3,
+        high=1.0,
+        trials=4,
+        seeds=2,
+        progress=False,
+        storage=folder / "study",
+    )
+    monitored = ("val_loss", "l2_norm/total")
+    values = [
+        [trial.weight_decay, *(run.metrics[name] for name in monitored for run in trial.runs), trial.l2_norm]
+        for trial in result.trials
+    ]
     finder = WeightDecayFinder(1e-3, 1.0, trials=3, steps=3)
+    if strategy == "ddp":
+        write(folder, search=values, **find(finder))
+        return
+    trainer, module, *loaders = make(None, finder, strategy=strategy)
+    try:
+        trainer.fit(module, *loaders)
+    except MisconfigurationException as error:
+        write(folder, search=values, finder=str(error))
+
+
+def find(finder: WeightDecayFinder) -> dict[str, Any]:
+    weights = []
     for number in range(2):
         pl.seed_everything(7, workers=True, verbose=False)
         trainer, module, *loaders = make(finder.result.weight_decay if number else None, *[finder][number:])
         trainer.fit(module, *loaders)
         weights.append(module.layer.weight.flatten().tolist() + torch.rand(2).tolist())
-    values = [[trial.weight_decay, *(run.value for run in trial.runs), trial.l2_norm] for trial in result.trials]
     found = [trial.mean for trial in finder.result.trials]
-    text = json.dumps({"search": values, "finder": found, "weights": weights, "set": finder.result.weight_decay})
-    (folder / str(trainer.global_rank)).write_text(text)
+    return {"finder": found, "weights": weights, "set": finder.result.weight_decay}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -37,9 +37,19 @@ def test_the_metric_with_its_spread() -> None:
     assert list(points.get_ydata()) == pytest.approx([3.5, 1.5, 3.5])
     spread = [segment[1][1] - segment[0][1] for segment in bars.get_segments()]
     assert spread == pytest.approx([2 * math.sqrt(0.5)] * 3)
-    assert list(line(axes, "stopped early").get_xdata()) == [1e-2]
-    assert list(line(axes, "failed").get_xdata()) == [3e-2]
+    assert sorted(line(axes, "each seed").get_ydata()) == pytest.approx([1.0, 2.0, 3.0, 3.0, 4.0, 4.0])
+    for label, weight_decay in (("stopped early", 1e-2), ("failed", 3e-2)):
+        assert list(line(axes, label).get_xdata()) == [weight_decay]
+        assert line(axes, label).get_transform() == axes.get_xaxis_transform(), "at the edge: there is no last value"
     assert line(axes, "best and suggested: 0.001").get_xdata()[0] == 1e-3
+
+
+def test_trials_that_differ_in_more_than_lambda_are_no_line() -> None:
+    joint = [Trial(n, value, {"lr": 0.1 + n}, runs=result().trials[n].runs) for n, value in enumerate(LAMBDAS)]
+    for plot in (plot_metric, plot_norm, plot_gap):
+        for trials, style in ((joint, "None"), (result().trials, "-")):
+            (axes,) = plot(SearchResult(trials, SearchPlan(seeds=2))).axes
+            assert axes.get_lines()[0].get_linestyle() == style
 
 
 def test_the_best_and_the_suggested_are_marked_apart() -> None:
@@ -60,6 +70,12 @@ def test_the_curves() -> None:
     # the mean over the seeds; the pruned one comes first
     np.testing.assert_allclose([curve.get_ydata()[-1] for curve in val.get_lines()], [2.0, 3.5, 1.5, 3.5])
     assert [curve.get_linestyle() for curve in val.get_lines()] == [":", "-", "-", "-"]
+    widths = [curve.get_linewidth() for curve in val.get_lines()]
+    assert widths.index(max(widths)) == 2, "the suggested one"
+    assert [text.get_text() for text in val.get_legend().get_texts()] == ["suggested: 0.001", "stopped early"]
+    (mesh,) = (part for part in scale.collections if part.get_array() is not None)
+    ends = mesh.cmap(mesh.norm([1e-5, 1e-1]))
+    np.testing.assert_allclose([val.get_lines()[place].get_color() for place in (1, 3)], ends, err_msg="as the scale")
     assert len(plot_curves(result(train=False)).axes) == 2
 
 

@@ -28,6 +28,11 @@ def test_bad_values_say_what_is_wrong(options: dict, message: str) -> None:
         SearchPlan(**options)
 
 
+def test_further_quantities_are_ranges() -> None:
+    with pytest.raises(TypeError, match=r"map names to Range\(low, high\) but got lr=\(1, 2\)"):
+        SearchPlan(also={"lr": (1, 2)})
+
+
 def test_a_linear_range_may_start_at_zero() -> None:
     assert Range(0.0, 0.5, log=False).points(3) == [0.0, 0.25, 0.5]
 

@@ -84,6 +84,13 @@ def test_what_was_given_back_keeps_its_values_and_seeds(storages: Any) -> None:
     assert states(second) == ["RUNNING"] * 3
 
 
+def test_what_was_given_back_comes_before_later_places(storages: Any) -> None:
+    first, second = queues(storages)
+    first.fill()
+    first.give_back(first.take())
+    assert [second.take().user_attrs["place"] for _ in PLACES] == [0, 1, 2]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="asks the kernel about processes through /proc")
 def test_a_trial_of_a_process_that_is_gone_is_run_again(storages: Any) -> None:
     first, second = queues(storages)

@@ -1,4 +1,5 @@
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,32 @@ def test_the_table() -> None:
             "    0   0.001  0.1       1.5  0.7071        4  complete  <- best",
             "    3    0.01  0.4         -       -        -   waiting",
             "    1     0.1  0.2      1.55  0.7778        1  complete  <- suggested",
+            "The suggested lambda is the upper end of the range: a larger one may do as well, so raise `high`.",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("best", "remark"), [(1e-5, "lower end of the range: a smaller one"), (1e-3, None), (1e-1, "raise `high`")]
+)
+def test_the_table_says_where_the_range_is_too_small(best: float, remark: str | None) -> None:
+    lambdas = (1e-5, 1e-3, 1e-1)
+    trials = [Trial(number, value, runs=(Run(0, float(value != best)),)) for number, value in enumerate(lambdas)]
+    remarks = SearchResult(trials).table().splitlines()[4:]
+    assert len(remarks) == (remark is not None)
+    assert all(remark in line for line in remarks)
+
+
+def test_a_trial_that_was_stopped_early_has_no_last_value(tmp_path: Path) -> None:
+    """What it had in the middle of its training can't be compared with the end of the others."""
+    stopped = Trial(2, 1e-4, state="pruned", runs=(run(0, 0.1, 0.1, 9.0),))
+    result = SearchResult([*TRIALS[:2], stopped], SearchPlan(seeds=2))
+    (line,) = (line for line in result.table().splitlines() if "pruned" in line)
+    assert line.split() == ["2", "0.0001", "-", "-", "9", "pruned"]
+    (row,) = (row for row in result.rows() if row["state"] == "pruned")
+    assert math.isnan(row["val_loss"])
+    assert math.isnan(row["generalisation_gap"])
+    assert row["val_loss/seed_0"] == 0.1
 
 
 def test_a_table_without_a_complete_trial() -> None:

@@ -1,15 +1,18 @@
 """The search on functions that stand in for a training."""
 
 import functools
+import itertools
 import logging
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.search import Range, SearchPlan, TrialRun, search_weight_decay
 from lightning_l2.search.study import load_result, run_search
@@ -76,6 +79,26 @@ def test_the_order_of_trials() -> None:
     # 0.01 is the best with equal gaps of one decade; then 0.0316, whose gaps are half of one
     assert tried[4:6] == pytest.approx([10**-2.5, 10**-1.5], rel=1e-5)
     assert set(np.round(np.log10(tried[6:]), 3)) == {-1.75, -1.25} or tried[6] == pytest.approx(10**-1.75, rel=1e-5)
+
+
+def test_the_suggested_value_is_refined_too() -> None:
+    """On a plateau the best value is any, and what is asked for is where it ends: here at 0.004."""
+
+    def plateau(run: TrialRun) -> float:
+        noise = np.random.default_rng([run.trial, run.seed]).normal()
+        return 1.0 + 0.01 * noise + max(0.0, math.log10(run.weight_decay / 0.004))
+
+    for seed in range(0, 100, 10):
+        result = search(fit=plateau, seeds=3, seed=seed)
+        assert result.weight_decay < 0.004 * 1.1
+        beyond = min(trial.weight_decay for trial in result.trials if trial.weight_decay > result.weight_decay)
+        assert beyond / result.weight_decay < 3, "the grid's gaps are factors of 4.6 above 0.001, and of 10 below"
+
+
+def test_no_value_is_tried_twice_at_the_end_of_a_range() -> None:
+    """Where the end is best, halving would come ever closer to it."""
+    tried = sorted(trial.weight_decay for trial in search(fit=lambda run: run.weight_decay, seeds=1, trials=20).trials)
+    assert min(larger / smaller for smaller, larger in itertools.pairwise(tried)) > 1.09
 
 
 def test_lambda_and_the_learning_rate_together() -> None:
@@ -199,9 +222,24 @@ def test_a_search_can_be_extended(tmp_path: Path) -> None:
 
 def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
     search(fit=valley, trials=2, storage=tmp_path / "study")
-    with pytest.raises(ValueError, match=r"another search: high=0\.5 \(there: 0\.1\), seeds=2 \(there: 3\)\. Repeat"):
+    told = r"another search: high=0\.5 \(there: 0\.1\), seeds=2 \(there: 3\)\. Repeat"
+    with pytest.raises(MisconfigurationException, match=told):
         search(fit=valley, trials=2, storage=tmp_path / "study", high=0.5, seeds=2)
     search(fit=valley, trials=2, storage=tmp_path / "study", high=0.5, seeds=2, name="another")
+
+
+@pytest.mark.parametrize("file", ["study.journal", "study.db"])
+def test_settings_that_never_trained_can_be_mended(file: str, tmp_path: Path) -> None:
+    """A first try with a wrong name leaves a study behind, with values of its own range waiting in it."""
+
+    def fit(run: TrialRun) -> dict[str, float]:
+        return {"val_acc": -valley(run)}
+
+    with pytest.raises(ValueError, match="never appeared"):
+        search(fit=fit, storage=tmp_path / file, trials=4)
+    mended = search(fit=fit, storage=tmp_path / file, trials=4, monitor="val_acc", mode="max", low=1e-3, seeds=1)
+    assert [trial.state for trial in mended.trials] == ["complete"] * 4
+    assert min(trial.weight_decay for trial in mended.trials) == 1e-3
 
 
 def test_optunas_own_tools_read_the_study(tmp_path: Path) -> None:
@@ -239,6 +277,56 @@ def test_hopeless_trainings_are_stopped() -> None:
         assert len(trial.runs) == (1 if stopped else 2), "no further seeds"
         assert epochs[trial.number, 0] == (1 if stopped else 5)
     assert all(trial.state == "complete" for trial in search(prune=False).trials)
+
+
+def test_what_is_no_worse_than_the_noise_is_not_hopeless() -> None:
+    """The same metrics, where the seeds of the best trial differ by 2 and so have a standard deviation of 1.41."""
+
+    def fit(run: TrialRun) -> float:
+        metric = float(run.trial if run.trial < 10 else run.trial - 4) + 2.0 * run.seed
+        return math.nan if run.report(0, metric) else metric
+
+    result = search(fit=fit, trials=20, seeds=2)
+    # of the first seed's 0 to 9, 6 and 7 the upper quartile is 7, and 8 is within 1.41 of it; with 8 it is 7.25
+    assert [trial.state for trial in result.trials][10:14] == ["complete"] * 3 + ["failed"]
+
+
+def test_the_grid_is_trained_in_full_also_where_a_part_of_it_is_late() -> None:
+    """Another process trains all the rest during the second trial."""
+    plan, storage = SearchPlan(trials=12, seeds=1), optuna.storages.InMemoryStorage()
+    late: list[int] = []
+
+    def leave() -> None:
+        raise InterruptedError
+
+    def fit(run: TrialRun) -> float:
+        if run.trial == 1:
+            late.append(run.trial)
+            with pytest.raises(InterruptedError):
+                run_search(fit, plan, storage=storage, progress=False, while_waiting=leave)
+        metric = {0: 0.0, 1: 9.0}.get(run.trial, 1.0)
+        return math.nan if run.report(3, metric) else metric
+
+    result = run_search(fit, plan, storage=storage, progress=False)
+    assert late == [1]
+    assert [trial.state for trial in result.trials] == ["complete"] * 12
+
+
+def test_each_warning_is_shown_once_and_levels_come_back() -> None:
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+
+    def fit(run: TrialRun) -> float:
+        assert logger.level >= logging.WARNING
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+        warnings.warn("the same each time", stacklevel=1)
+        return valley(run)
+
+    with pytest.warns(UserWarning, match="the same") as shown:
+        search(fit=fit, trials=4)
+    assert [str(warning.message) for warning in shown] == ["the same each time"]
+    assert logger.level == before
 
 
 def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

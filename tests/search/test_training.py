@@ -134,12 +134,26 @@ def test_hopeless_trainings_stop_in_their_second_half() -> None:
 
 
 def test_a_metric_that_never_appears() -> None:
-    with pytest.raises(MisconfigurationException) as error:
+    early = r"'val_acc' has not appeared in the first epoch with a validation\. Those that did: .*val_loss\. Unless"
+    with pytest.raises(MisconfigurationException) as error, pytest.warns(UserWarning, match=early):
         search(make, monitor="val_acc", trials=1)
     assert str(error.value) == (
         "The metric monitor='val_acc' never appeared in a training. Those that did: epoch_squared, train_loss, "
         "train_loss_epoch, val_loss. Give one of them as monitor, or log it with `self.log`."
     )
+
+
+def test_a_metric_that_comes_late_is_warned_of_in_vain() -> None:
+    class Late(Logging):
+        def on_validation_epoch_end(self) -> None:
+            if self.current_epoch == 1:
+                self.log("late", 0.5)
+
+    with pytest.warns(UserWarning, match="Unless it comes later"):
+        result = search(
+            lambda weight_decay: (*make(weight_decay)[:1], Late(), data(), data()), monitor="late", trials=1
+        )
+    assert result.best.mean == 0.5
 
 
 def test_no_validation_data() -> None:
