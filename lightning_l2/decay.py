@@ -120,7 +120,7 @@ def attach_decay(
     if apply == own_way(optimizer) and not before_clipping:
         return DecayHandle()
     _check_attachable(optimizer, apply)
-    _check_groups(optimizer, apply, peak_lr)
+    check_groups(optimizer, apply, peak_lr)
     if apply in ("coupled", "decoupled") and not before_clipping and _has_flag(optimizer):
         return Attached(optimizer, {_FLAG: apply == "decoupled"})
     if apply == "coupled":
@@ -189,7 +189,12 @@ def _check_attachable(optimizer: Optimizer, apply: Apply) -> None:
         )
 
 
-def _check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR) -> None:
+def check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR = None) -> None:
+    """Check what `attach_decay` will read from the groups, again where they have changed since.
+
+    Raises:
+        ValueError: If the learning rates or the lambdas don't go with `apply`.
+    """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     needs_lr = apply in ("decoupled", "cautious") or peak_lr is not None
     if needs_lr and any(group.get("lr") is None for group in groups):

@@ -114,7 +114,10 @@ class WeightDecayScheduler(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Set lambda of schedules that read gradients, which are complete and unscaled only now."""
+        """Set lambda of schedules that read gradients, which are complete and unscaled only now, and of new groups."""
+        groups = bare_optimizer(optimizer).param_groups
+        if any("weight_decay" in group and "weight_decay_multiplier" not in group for group in groups):
+            self._apply(trainer, self._index(trainer))  # of parameters that were lazy
         if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "gradients":
             number = optimizer_number(trainer, optimizer)
             if number is not None:
