@@ -263,6 +263,22 @@ def test_alpha_decay_is_the_paper_s_linear_map_on_a_period() -> None:
             weight.data.copy_(other)
 
 
+def alpha_of_the_authors(eigenvalues: list[float]) -> float:
+    """As `WeightDecayUnbalance.py` of the authors has it, where the tail's first eigenvalue is one of the tail."""
+    tail = sorted(eigenvalues)[len(eigenvalues) // 2 :]
+    return 1 + len(tail) / (sum(map(math.log, tail)) - len(tail) * math.log(tail[0]))
+
+
+@pytest.mark.parametrize(("size", "tolerance"), [(51, 1e-12), (50, 0.3), (200, 0.3)])
+def test_alpha_decay_is_nearly_what_the_authors_code_gives(size: int, tolerance: float) -> None:
+    weights = matrices(*[(size, size + 20)] * 6)
+    alphas = [alpha_of_the_authors(list(eigenvalues_of(weight.detach().numpy()))) for weight in weights]
+    expected = np.interp(alphas, [min(alphas), max(alphas)], [2 / 3, 3.0])
+    optimizer = torch.optim.AdamW([{"params": [weight]} for weight in weights])
+    multipliers = AlphaDecay().multipliers(optimizer, {}, {})
+    np.testing.assert_allclose(multipliers, expected, atol=tolerance)
+
+
 def test_alpha_decay_averages_over_a_group_and_leaves_out_what_it_should() -> None:
     first, second, third, small, excluded, exempt = matrices((50, 50), (50, 60), (60, 50), (49, 90), (70, 70), (70, 70))
     bias, nothing = nn.Parameter(torch.ones(50)), nn.Parameter(torch.zeros(50, 50))
