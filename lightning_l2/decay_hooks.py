@@ -111,10 +111,9 @@ class Attached(DecayHandle):
         self._in_step = in_step
         self._hidden: list[tuple[Group, Group]] = []
         self._is_running = False
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._on_step),
-            optimizer.register_step_post_hook(self._on_stepped),
-        ]
+        # Within a compiled step each hook would be compiled anew whenever lambda changes its kind, beside the update.
+        before, after = map(torch.compiler.disable, (self._on_step, self._on_stepped))
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         # A checkpoint that is written because a step raised must not hold the hidden values.
         with contextlib.suppress(AttributeError):
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
