@@ -188,6 +188,34 @@ def test_updates_too_small_to_multiply_still_have_a_sign() -> None:
     torch.testing.assert_close(weights[0], torch.tensor([2e-30, 0.25e-30, -2e-30]), rtol=1e-6, atol=0)
 
 
+# Weights after 20 steps of heavyball 3.2.1 with cautious_weight_decay=True, from the problem in the test.
+HEAVYBALL = {
+    "AdamW": [-0.7429699, -0.3941092, -0.3778556, -0.4608981, -0.2093108, 0.0996560, 0.1014152, 0.1076338, 0.3902776,
+              0.5950395, 0.5230216, 0.6107897],
+    "SGD": [-0.0767785, 0.0707955, -0.0060458, -0.1348482, -0.0092559, 0.1088316, -0.0258162, -0.0835430, 0.0890284,
+            0.1165052, -0.0440286, -0.0269862],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("AdamW", partial(torch.optim.AdamW, lr=0.05, betas=(0.9, 0.99))),
+        ("SGD", partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
+    ],
+)
+def test_cautious_is_that_of_another_library(name: str, make: Make) -> None:
+    index = torch.arange(12, dtype=torch.float64)
+    w = nn.Parameter(1.3 * torch.linspace(-1, 1, 12, dtype=torch.float64) + 0.05)
+    optimizer = set_lambda(make([w]), 0.4)
+    attach_decay(optimizer, "cautious")
+    for step in range(20):
+        w.grad = torch.cos(1.7 * index + step) + 0.2 * w.detach()
+        optimizer.step()
+    expected = torch.tensor(HEAVYBALL[name], dtype=torch.float64)
+    torch.testing.assert_close(w.detach(), expected, rtol=0, atol=3e-7)  # its states are float32
+
+
 def test_the_ways_differ() -> None:
     results = [train_by_hand(OWN_WAY["Adam"][0], apply) for apply in WAYS]
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(results, 2))
