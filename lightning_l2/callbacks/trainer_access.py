@@ -147,6 +147,12 @@ def unscales_in_step(trainer: Any, optimizer: torch.optim.Optimizer) -> bool:
     return scales and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def unscale(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Remove the fp16 scale from gradients before a step that would remove it itself, and then doesn't."""
+    if unscales_in_step(trainer, optimizer):
+        trainer.precision_plugin.scaler.unscale_(optimizer)
+
+
 def lr_schedulers(trainer: pl.Trainer) -> list[Any]:
     """Return the learning-rate schedulers of all optimizers, looked up afresh."""
     return [config.scheduler for config in trainer.lr_scheduler_configs]
