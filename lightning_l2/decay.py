@@ -81,7 +81,8 @@ def attach_decay(
     * A step that a `GradScaler` skips decays nothing, also with fused optimizers, and nothing synchronises.
     * LBFGS: coupled adds lambda w to every gradient and lambda/2 ||w||^2 to every loss of the closure, so that a line
       search sees one objective; the other ways act once a step, with the weights before it.
-    * Sparse gradients: only the rows in the gradient decay, once each however often they occur.
+    * Sparse gradients: only the rows in the gradient decay, once each however often they occur. SGD and Adagrad refuse
+      them in their own coupled decay; `before_clipping` avoids that one.
     * Schedule-free optimizers: w is y, the weights in train mode. An optimizer that moves the weights before it asks
       for the gradient, as SAM does, decays right after its update instead of before.
     * Memory: `cautious` holds a copy of the decayed weights during the update and two of a group after it; LBFGS, and
