@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import pickle
@@ -686,6 +687,27 @@ def test_loading_a_state_dict_keeps_it_working() -> None:
     w.grad = torch.zeros_like(w)
     optimizer.step()
     torch.testing.assert_close(w.detach(), start / 2)
+
+
+def test_no_copy_is_held_between_steps() -> None:
+    """One of a parameter that turns out to have no gradient neither, which an unknown optimizer might have moved."""
+
+    def alive() -> int:
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+        return sum(tensor.shape == (5, 13) for tensor in tensors)
+
+    used, unused, frozen = weight(), weight(shape=(5, 13)), weight(shape=(5, 13)).requires_grad_(False)
+    optimizer = set_lambda(ForeignAdam([used, unused, frozen], lr=0.1))
+    attach_decay(optimizer, "cautious")
+    within: list[int] = []
+
+    def evaluate() -> None:
+        within.append(alive())
+        loss_of(used, 0).backward()
+
+    before = alive()
+    optimizer.step(evaluate)
+    assert (within, alive()) == ([before + 1], before)
 
 
 # --- optimizers that do more than one thing in a step ---
