@@ -286,6 +286,9 @@ def test_messages() -> None:
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         attach(optimizer, module, 1.0, update_rate=1.0).prepare()
     attach(optimizer, module, 1.0, update_rate=0.055).prepare()
+    # what is remembered goes on from where it was
+    memory = {name: {"multiplier": 0.5} for name in ("0.weight", "2.weight")}
+    attach(optimizer, module, 1.0, update_rate=1.0, memory=memory).prepare()
 
 
 def test_flattened_parameters_are_refused() -> None:
