@@ -109,6 +109,22 @@ def test_a_conversion_knows_the_length(options: dict[str, int], epochs: float) -
     assert callback.summary()[0].weight_decay == pytest.approx(0.4 * (4 / (32 * epochs)) ** 0.5)
 
 
+def test_a_conversion_takes_no_length_from_the_steps_of_several_optimizers() -> None:
+    """Under manual optimization `max_steps` counts those of all of them, so only `max_epochs` tells the length."""
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    callback = WeightDecay(Normalised(0.4), summary=False)
+    make_trainer([callback], max_epochs=2, max_steps=4).fit(Manual(), data())
+    assert callback.summary()[0].weight_decay == pytest.approx(0.4 * (4 / (32 * 2)) ** 0.5)
+
+
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's own use
 def test_a_conversion_comes_from_yaml_and_is_printed_as_the_number_it_became(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
