@@ -202,7 +202,7 @@ class InflectionBound(Bound):
         """Smooth the norms, sample them once a period, and remember those past their inflection point."""
         steps = state["steps"] + 1
         smoothed = torch.where(steps < self.period, norms, torch.lerp(norms, state["smoothed"], self.smoothing))
-        sampled = (steps % self.period == 0) & (steps > self.period)
+        sampled = steps % self.period == 0
         growth = (smoothed - state["sample"]) / smoothed
         slower = (growth < state["growth"]) & (growth > MIN_GROWTH)
         return {
@@ -210,7 +210,7 @@ class InflectionBound(Bound):
             "steps": steps,
             "smoothed": smoothed,
             "sample": torch.where(sampled, smoothed, state["sample"]),
-            # The first sample has none before it to have grown from.
+            # The sample at 2 `period` is the first that counts: it has none before it to have grown from.
             "growth": torch.where(sampled & (steps > 2 * self.period), growth, state["growth"]),
         }
 

@@ -81,7 +81,8 @@ def attach_decay(
     * A step that a `GradScaler` skips decays nothing, also with fused optimizers, and nothing synchronises.
     * LBFGS: coupled adds lambda w to every gradient and lambda/2 ||w||^2 to every loss of the closure, so that a line
       search sees one objective; the other ways act once a step, with the weights before it.
-    * Sparse gradients: only the rows in the gradient decay, once each however often they occur.
+    * Sparse gradients: only the rows in the gradient decay, once each however often they occur. SGD and Adagrad refuse
+      them in their own coupled decay; `before_clipping` avoids that one.
     * Schedule-free optimizers: w is y, the weights in train mode. An optimizer that moves the weights before it asks
       for the gradient, as SAM does, decays right after its update instead of before.
     * Memory: `cautious` holds a copy of the decayed weights during the update and two of a group after it; LBFGS, and
@@ -120,7 +121,7 @@ def attach_decay(
     if apply == own_way(optimizer) and not before_clipping:
         return DecayHandle()
     _check_attachable(optimizer, apply)
-    _check_groups(optimizer, apply, peak_lr)
+    check_groups(optimizer, apply, peak_lr)
     if apply in ("coupled", "decoupled") and not before_clipping and _has_flag(optimizer):
         return Attached(optimizer, {_FLAG: apply == "decoupled"})
     if apply == "coupled":
@@ -189,7 +190,12 @@ def _check_attachable(optimizer: Optimizer, apply: Apply) -> None:
         )
 
 
-def _check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR) -> None:
+def check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR = None) -> None:
+    """Check what `attach_decay` will read from the groups, again where they have changed since.
+
+    Raises:
+        ValueError: If the learning rates or the lambdas don't go with `apply`.
+    """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     needs_lr = apply in ("decoupled", "cautious") or peak_lr is not None
     if needs_lr and any(group.get("lr") is None for group in groups):

@@ -111,10 +111,9 @@ class Attached(DecayHandle):
         self._in_step = in_step
         self._hidden: list[tuple[Group, Group]] = []
         self._is_running = False
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._on_step),
-            optimizer.register_step_post_hook(self._on_stepped),
-        ]
+        # Within a compiled step each hook would be compiled anew whenever lambda changes its kind, beside the update.
+        before, after = map(torch.compiler.disable, (self._on_step, self._on_stepped))
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         # A checkpoint that is written because a step raised must not hold the hidden values.
         with contextlib.suppress(AttributeError):
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
@@ -274,20 +273,23 @@ class Compared(_OnWeights):
 
     def _start(self, has_closure: bool) -> None:
         self._before: dict[Tensor, Tensor] = {}
-        if has_closure and torch_class(self._optimizer) is None:
-            # The closure may find moved weights; which rows get a gradient is not known yet.
-            self._copy(with_rows=False)
+        self._is_complete = False
+        # The closure of an optimizer that torch doesn't know may find moved weights; which rows get a gradient is not
+        # known before it.
+        self._with_rows = not has_closure or torch_class(self._optimizer) is not None
+        if not self._with_rows:
+            self._copy(_trainable)
 
     def _before_update(self) -> None:
-        if not self._before:
-            self._copy(with_rows=True)
+        if not self._is_complete:
+            self._copy(with_gradient)  # of those copied already none, so those that were lazy
+        self._is_complete = True
 
-    def _copy(self, with_rows: bool) -> None:
-        self._with_rows = with_rows
+    def _copy(self, select: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for group in self._optimizer.param_groups:
             if not is_zero(_lambda(group)):
-                params = with_gradient(group["params"]) if with_rows else _trainable(group["params"])
-                rows = [rows_of(param) if with_rows else None for param in params]
+                params = [param for param in select(group["params"]) if param not in self._before]
+                rows = [rows_of(param) if self._with_rows else None for param in params]
                 for param, row, weight in zip(params, rows, read(params, rows), strict=True):
                     self._before[param] = weight.clone() if row is None else weight
 

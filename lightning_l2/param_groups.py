@@ -85,23 +85,30 @@ class GroupKey:
     Args:
         rule: Name of the rule.
         weight_decay: Base lambda, before any schedule.
+        group: What the group is called, before any prefix; by default like the rule.
     """
 
     rule: str
     weight_decay: float
+    group: str | None = None
 
 
 @dataclass
 class _Parent:
-    """A group as the user made it: its keys, its own values of what children have of theirs, how many they are.
+    """A group as the user made it: its keys, its own values of what children have of theirs, what these are called.
 
     `shared` holds what all children had in common when they were aligned last.
     """
 
     keys: tuple[str, ...]
     own: dict[str, Any]
-    children: int
+    names: list[str]
     shared: dict[str, Any]
+
+    @property
+    def children(self) -> int:
+        """How many there are."""
+        return len(self.names)
 
 
 class GroupSplit:
@@ -182,7 +189,8 @@ class GroupSplit:
         children: list[dict[str, Any]] = []
         for group, family in zip(new, families, strict=True):
             shared = {key: value for key, value in group.items() if key not in OWN_KEYS}
-            self._parents.append(_Parent(tuple(group), _own_values(group), len(family), shared))
+            names = [key.group or key.rule for key in family]
+            self._parents.append(_Parent(tuple(group), _own_values(group), names, shared))
             children += [_child(group, key, indices) for key, indices in family.items()]
         self.optimizer.param_groups[known:] = children
         return [list(family) for family in families]
@@ -216,11 +224,11 @@ class GroupSplit:
             values.put_back()
         self._hidden, self._before = None, []
 
-    def parent_name(self, index: int) -> tuple[int, str | None]:
-        """Return the index of the parent of the group at `index`, and the name that the user gave it."""
+    def origin(self, index: int) -> tuple[int, str | None, str]:
+        """Return of the group at `index` its parent's index, the name that the user gave that one, and its own."""
         for number, parent in enumerate(self._parents):
             if index < parent.children:
-                return number, parent.own.get("name")
+                return number, parent.own.get("name"), parent.names[index]
             index -= parent.children
         raise IndexError(index)
 
@@ -280,7 +288,7 @@ def _merged(child: Mapping[str, Any], parent: _Parent) -> dict[str, Any]:
 
 
 def name_groups(splits: Sequence[GroupSplit]) -> None:
-    """Name every group that has no name yet after its rule, prefixed where that is not unique among all optimizers.
+    """Name every group that has no name yet by its key, prefixed where that is not unique among all optimizers.
 
     Args:
         splits: The splits of all optimizers of a module, in order.
@@ -291,18 +299,18 @@ def name_groups(splits: Sequence[GroupSplit]) -> None:
             if "name" in group:
                 taken.add(group["name"])
             else:
-                owners.append((number, *split.parent_name(index), group["rule"]))
+                owners.append((number, *split.origin(index)))
                 groups.append(group)
     for group, name in zip(groups, unique_names(owners, taken), strict=True):
         group["name"] = name
 
 
 def unique_names(owners: Sequence[tuple[int, int, str | None, str]], taken: Iterable[str] = ()) -> list[str]:
-    """Return a name for each new group: its rule's, prefixed only where that is not unique.
+    """Return a name for each new group: what it is called, prefixed only where that is not unique.
 
     Args:
         owners: For each group the index of its optimizer, the index of its parent group, the parent's own name if it
-            has one, and the name of its rule.
+            has one, and what it is called.
         taken: Names that are in use already.
 
     >>> unique_names([(0, 0, None, "decay"), (0, 0, None, "no_decay")])
@@ -314,8 +322,10 @@ def unique_names(owners: Sequence[tuple[int, int, str | None, str]], taken: Iter
     """
     taken = set(taken)
     names: dict[int, str] = {}
-    for rule in dict.fromkeys(owner[3] for owner in owners):
-        holders = [index for index, owner in enumerate(owners) if owner[3] == rule]
+    of_name: dict[str, list[int]] = {}
+    for index, owner in enumerate(owners):
+        of_name.setdefault(owner[3], []).append(index)
+    for holders in of_name.values():
         several = len({owners[index][0] for index in holders}) > 1
         for scheme in _NAME_SCHEMES if several else _NAME_SCHEMES_OF_ONE:
             proposed = [name for index in holders if (name := scheme(*owners[index]))]
@@ -328,13 +338,13 @@ def unique_names(owners: Sequence[tuple[int, int, str | None, str]], taken: Iter
 
 _NameScheme = Callable[[int, int, str | None, str], str | None]
 _NAME_SCHEMES_OF_ONE: tuple[_NameScheme, ...] = (
-    lambda optimizer, parent, own, rule: rule,
-    lambda optimizer, parent, own, rule: own and f"{own}/{rule}",
-    lambda optimizer, parent, own, rule: f"{own or f'group{parent}'}/{rule}",
-    lambda optimizer, parent, own, rule: f"optimizer{optimizer}/{own or f'group{parent}'}/{rule}",
+    lambda optimizer, parent, own, name: name,
+    lambda optimizer, parent, own, name: own and f"{own}/{name}",
+    lambda optimizer, parent, own, name: f"{own or f'group{parent}'}/{name}",
+    lambda optimizer, parent, own, name: f"optimizer{optimizer}/{own or f'group{parent}'}/{name}",
 )
 _NAME_SCHEMES: tuple[_NameScheme, ...] = (
     *_NAME_SCHEMES_OF_ONE[:2],
-    lambda optimizer, parent, own, rule: f"optimizer{optimizer}/{rule}",
+    lambda optimizer, parent, own, name: f"optimizer{optimizer}/{name}",
     *_NAME_SCHEMES_OF_ONE[2:],
 )

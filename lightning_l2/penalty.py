@@ -36,7 +36,8 @@ class Penalised(NamedTuple):
 class L2Objective:
     r"""The term \(\frac{\lambda}{2} \lVert w \rVert_2^2\), summed over parameters, of what optimizers minimise.
 
-    An optimizer that looks at the loss, as a line search does, is told the penalised one until `remove()`.
+    A step that nobody calls `join_gradients` for joins them itself, right before the update. An optimizer that looks at
+    the loss, as a line search does, is told the penalised one. Both until `remove()`.
 
     Args:
         optimizers: The optimizers that train the parameters.
@@ -49,11 +50,10 @@ class L2Objective:
         self._penalised: dict[int, Penalised] = {}
         self._shards: dict[int, ProcessGroup] = {}
         self._measured: _Measured | None = None
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._on_step)
-            for optimizer in optimizers
-            if reads_loss(optimizer) or getattr(optimizer, "_step_supports_amp_scaling", False)
-        ]
+        # by `id`, the optimizers whose gradients have been joined for the step to come
+        self._joined: set[int] = set()
+        (hook,) = map(torch.compiler.disable, [self._on_step])
+        self._hooks = [optimizer.register_step_pre_hook(hook) for optimizer in optimizers]
 
     def penalise(self, penalised: Mapping[int, Penalised], shards: Mapping[int, ProcessGroup] | None = None) -> None:
         """Decide on parameters, at the latest when their first gradient is there.
@@ -77,6 +77,7 @@ class L2Objective:
             optimizer: The optimizer, about to step.
             scale: What the gradients are scaled with.
         """
+        self._joined.add(id(optimizer))
         together: dict[float, list[Tensor]] = {}
         for param, weight_decay in self._in_force(optimizer):
             together.setdefault(weight_decay, []).append(param)
@@ -155,20 +156,24 @@ class L2Objective:
     def _on_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if hasattr(optimizer, "found_inf"):
-            # A GradScaler leaves unscaling to this optimizer, so no hook before the step had unscaled gradients.
+        with_closure = wrap_closure(args, kwargs, lambda closure: self._told(optimizer, closure))
+        if with_closure is None:
+            self._join_late(optimizer)
+        return with_closure
+
+    def _join_late(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self._joined:
+            # Where a GradScaler leaves unscaling to the optimizer, no hook before the step had unscaled gradients.
             scale = getattr(optimizer, "grad_scale", None)
             self.join_gradients(optimizer, 1.0 if scale is None else scale)
-        return wrap_closure(args, kwargs, lambda closure: self._told(optimizer, closure))
+        self._joined.discard(id(optimizer))
 
     def _told(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        if not reads_loss(optimizer):
-            return closure
-
         def evaluate() -> Any:
             loss = closure()
-            in_force = list(self._in_force(optimizer))
-            if loss is None or not in_force:
+            self._join_late(optimizer)
+            in_force = list(self._in_force(optimizer)) if reads_loss(optimizer) and loss is not None else []
+            if not in_force:
                 return loss
             params = [param for param, _ in in_force]
             squares = squared_norms(params, [self._shards.get(id(param)) for param in params])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_l2.decay_rule import DecayRule
 
 _NO_DECAY = DecayRule("no_decay", default_exemptions=True, weight_decay=0.0, optional=True)
@@ -16,6 +18,8 @@ _POSITIONS = (
 PRESETS: dict[str, tuple[DecayRule, ...]] = {
     # All but biases, normalisation layers, 0-D and 1-D parameters and what the model declares.
     "default": (_NO_DECAY, _DECAY),
+    # The same, with a group of each matrix, for schedules that give each its own weight decay.
+    "per_matrix": (_NO_DECAY, replace(_DECAY, per_parameter=True)),
     # Weights of linear layers only: rows of embedding tables of rare categories would decay without a gradient.
     "fully_connected": (_NO_DECAY, DecayRule("decay", modules=("Linear", "Bilinear"), optional=True), _REST_NO_DECAY),
     # Kernels of convolutions and linear layers only (He et al.: Bag of Tricks, arXiv 1812.01187, 2018).

@@ -113,7 +113,7 @@ class Regrouping:
         if id(parameter) not in self._rules:
             return GroupKey(UNASSIGNED, base_weight_decay(group))
         name, rule = self._rules[id(parameter)]
-        return GroupKey(rule.name, self._weight_decay_of(name, rule, group))
+        return GroupKey(rule.name, self._weight_decay_of(name, rule, group), rule.group_of(name))
 
     def _check_owner(self, split: GroupSplit) -> None:
         parameters = [parameter for group in split.new_groups for parameter in group["params"]]

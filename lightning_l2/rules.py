@@ -110,7 +110,7 @@ def assign_rules(model: nn.Module, rules: Rules = "default", root: nn.Module | N
 def decay_param_groups(
     model: nn.Module, weight_decay: float, rules: Rules = "default", root: nn.Module | None = None
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for a torch optimizer: one for each rule that has trainable parameters.
+    """Return parameter groups for a torch optimizer: one for each rule that has trainable parameters, or as it says.
 
     Args:
         model: any module.
@@ -129,10 +129,11 @@ def decay_param_groups(
         [('decay', 0.1), ('no_decay', 0.0)]
     """
     groups: dict[str, dict[str, Any]] = {}
-    for _, parameter, rule in rules_by_parameter(model, rules, root):
+    for parameter_name, parameter, rule in rules_by_parameter(model, rules, root):
         if parameter.requires_grad:
-            new = {"params": [], "name": rule.name, "weight_decay": rule.resolve(weight_decay)}
-            groups.setdefault(rule.name, new)["params"].append(parameter)
+            name = rule.group_of(parameter_name)
+            new = {"params": [], "name": name, "weight_decay": rule.resolve(weight_decay)}
+            groups.setdefault(name, new)["params"].append(parameter)
     return list(groups.values())
 
 

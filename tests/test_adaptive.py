@@ -19,9 +19,11 @@ import pytest
 import pytorch_optimizer
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_l2 import DecayRule, WeightDecay
 from lightning_l2.adaptive import (
     AdaptiveDecay,
     AlphaDecay,
@@ -263,6 +265,22 @@ def test_alpha_decay_is_the_paper_s_linear_map_on_a_period() -> None:
             weight.data.copy_(other)
 
 
+def alpha_of_the_authors(eigenvalues: list[float]) -> float:
+    """As `WeightDecayUnbalance.py` of the authors has it, where the tail's first eigenvalue is one of the tail."""
+    tail = sorted(eigenvalues)[len(eigenvalues) // 2 :]
+    return 1 + len(tail) / (sum(map(math.log, tail)) - len(tail) * math.log(tail[0]))
+
+
+@pytest.mark.parametrize(("size", "tolerance"), [(51, 1e-12), (50, 0.3), (200, 0.3)])
+def test_alpha_decay_is_nearly_what_the_authors_code_gives(size: int, tolerance: float) -> None:
+    weights = matrices(*[(size, size + 20)] * 6)
+    alphas = [alpha_of_the_authors(list(eigenvalues_of(weight.detach().numpy()))) for weight in weights]
+    expected = np.interp(alphas, [min(alphas), max(alphas)], [2 / 3, 3.0])
+    optimizer = torch.optim.AdamW([{"params": [weight]} for weight in weights])
+    multipliers = AlphaDecay().multipliers(optimizer, {}, {})
+    np.testing.assert_allclose(multipliers, expected, atol=tolerance)
+
+
 def test_alpha_decay_averages_over_a_group_and_leaves_out_what_it_should() -> None:
     first, second, third, small, excluded, exempt = matrices((50, 50), (50, 60), (60, 50), (49, 90), (70, 70), (70, 70))
     bias, nothing = nn.Parameter(torch.ones(50)), nn.Parameter(torch.zeros(50, 50))
@@ -476,6 +494,27 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(schedule: FeedbackS
     fit(Module(make), WeightDecayScheduler(schedule), epochs=2, save=path)
     actual = fit(Module(make), WeightDecayScheduler(schedule), ckpt_path=path, weights_only=True)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("apply", ["optimizer", "coupled", "cautious"])
+@pytest.mark.parametrize("schedule", [StableDecay(), AdaptiveDecay(0.5)], ids=lambda schedule: type(schedule).__name__)
+def test_gradients_are_read_unscaled(schedule: FeedbackSchedule, apply: str) -> None:
+    """A fused optimizer would remove the scale of fp16 in its own step, too late to be read."""
+
+    def run(scaled: bool, fused: bool) -> Tensor:
+        module = Module(partial(torch.optim.AdamW, lr=LR, fused=fused)).float()
+        module.training_step = lambda batch, batch_idx: (module.network(batch[0].float()) - 1.0).square().mean()
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaled else {}
+        callbacks = [WeightDecay(None, rules=[DecayRule("all")], apply=apply, summary=False)]
+        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+        trainer = make_trainer([*callbacks, WeightDecayScheduler(schedule)], **options)
+        trainer.fit(module, DataLoader(TensorDataset(inputs.repeat(6, 1)), batch_size=8))
+        return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    fused, plain, unscaled = run(True, True), run(True, False), run(False, False)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    assert (fused - unscaled).norm() < 0.02 * unscaled.norm()
 
 
 def test_sharded_parameters_are_measured_whole(tmp_path: Path) -> None:

@@ -105,6 +105,48 @@ def test_nothing_advances_on_a_step_that_the_scaler_skips(fused: bool, bound: Bo
         assert memory[name] == pytest.approx(values, rel=1e-5)
 
 
+# kappa and Lambda of pytorch-cpr 0.3.1, AdamCPR(lr=0.02, foreach=True), after 80 steps of the problem in the test.
+CPR = {
+    "uniform": ([0.5] * 3, [0.05859247, 0.05324063, 0.04007779]),
+    "warm_start": ([4.1668286, 3.7783597, 2.0730262], [0.012891378, 0.015107257, 0.016350914]),
+    "dependent": ([0.451870501, 0.363744050, 0.200672686], [0.061947089, 0.063208871, 0.068233542]),
+    "inflection_point": ([6.63933086, 6.33825016, 3.21409321], [0.010300462, 0.0044530416, 0.0089005800]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("uniform", FixedBound(0.5**0.5)),
+        ("warm_start", WarmupBound(20)),
+        ("dependent", InitialBound(1.1**0.5)),
+        ("inflection_point", InflectionBound(8, 0.9)),
+    ],
+)
+def test_lagrangian_is_that_of_the_authors_package(name: str, bound: Bound) -> None:
+    """They bound ||w||^2 instead of half of it, so their kappa is b^2, and Lambda half of what it is here."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) * 0.15 for shape in ((4, 5), (6, 3), (3, 2, 2))
+    ]
+    weights = [nn.Parameter(start.clone()) for start in starts]
+    optimizer = torch.optim.Adam(weights, lr=0.02)
+    memory: dict[str, dict[str, float]] = {}
+    names: dict[Tensor, str | None] = {weight: str(index) for index, weight in enumerate(weights)}
+    attached = AttachedConstraint(optimizer, lambda: names, bound, update_rate=1.0, memory=memory)
+    attached.prepare()
+    for _ in range(80):
+        for weight, start in zip(weights, starts, strict=True):
+            weight.grad = weight.detach() - 5 * start
+        optimizer.step()
+    attached.memorise()
+    kappas, multipliers = CPR[name]
+    readout = attached.readout()
+    assert readout is not None
+    assert [b**2 for b in readout[0].tolist()] == pytest.approx(kappas, rel=1e-6)
+    assert [memory[str(i)]["multiplier"] / 2 for i in range(3)] == pytest.approx(multipliers, rel=1e-6)
+
+
 def test_the_first_bound_is_that_of_the_weights_before_the_step() -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
@@ -244,6 +286,9 @@ def test_messages() -> None:
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         attach(optimizer, module, 1.0, update_rate=1.0).prepare()
     attach(optimizer, module, 1.0, update_rate=0.055).prepare()
+    # what is remembered goes on from where it was
+    memory = {name: {"multiplier": 0.5} for name in ("0.weight", "2.weight")}
+    attach(optimizer, module, 1.0, update_rate=1.0, memory=memory).prepare()
 
 
 def test_flattened_parameters_are_refused() -> None:

@@ -175,12 +175,14 @@ component:
     - {name: embedding, modules: [Embedding, torch.nn.EmbeddingBag], multiplier: 0.2}
     - {name: head, pattern: "^head\\.", weight_decay: 1e-4}
     - {name: layers, pattern: "layers\\.(\\d+)", layer_decay: 0.9, optional: true}
+    - {name: own, modules: [Conv2d], per_parameter: true}
     - default
 """
 EXPECTED = [
     DecayRule("embedding", modules=("Embedding", "torch.nn.EmbeddingBag"), multiplier=0.2),
     DecayRule("head", pattern=r"^head\.", weight_decay=1e-4),
     DecayRule("layers", pattern=r"layers\.(\d+)", layer_decay=0.9, optional=True),
+    DecayRule("own", modules=("Conv2d",), per_parameter=True),
     "default",
 ]
 

@@ -213,6 +213,29 @@ def test_names_are_prefixed_only_where_needed(owners, taken, expected) -> None:
     assert unique_names(owners, taken) == expected
 
 
+def test_groups_of_one_rule_that_are_called_after_their_parameters() -> None:
+    first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+    names = {id(p): f"{at}.{name}" for at, model in enumerate((first, second)) for name, p in model.named_parameters()}
+    groups = [{"params": list(first.parameters()), "name": "own"}, {"params": list(second.parameters())}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.7)
+    split = GroupSplit(optimizer, list)
+    before = snapshot(optimizer)
+
+    def key_of(parameter: nn.Parameter, group: dict[str, Any]) -> GroupKey:
+        return GroupKey("a", 0.1, f"a/{names[id(parameter)]}") if parameter.ndim > 1 else GroupKey("b", 0.0)
+
+    split.split_new(key_of)
+    name_groups([split])
+    assert [(group["name"], group["rule"]) for group in optimizer.param_groups] == [
+        ("a/0.weight", "a"),
+        ("own/b", "b"),
+        ("a/1.weight", "a"),
+        ("group1/b", "b"),
+    ]
+    split.merge()
+    assert snapshot(optimizer) == before
+
+
 def test_groups_hold_plain_values_only() -> None:
     weight, bias = nn.Linear(2, 1).parameters()
     optimizer = torch.optim.AdamW([weight, bias])

@@ -46,6 +46,7 @@ NORMS_AND_BIASES = {
     ("preset", "build", "expected"),
     [
         ("default", cnn, {"0.weight": 1.0, "3.weight": 1.0, "5.weight": 1.0}),
+        ("per_matrix", cnn, {"0.weight": 1.0, "3.weight": 1.0, "5.weight": 1.0}),
         ("cnn", cnn, {"0.weight": 1.0, "3.weight": 1.0, "5.weight": 1.0}),
         ("weaker_before_norm", cnn, {"0.weight": 0.1, "3.weight": 1.0, "5.weight": 1.0}),
         ("cnn", tabular, {"category.weight": 0.0, "body.0.weight": 1.0}),

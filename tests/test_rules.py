@@ -215,6 +215,31 @@ def test_layer_decay_over_more_than_nine_layers():
     ]
 
 
+def test_a_group_of_each_parameter():
+    model = small()
+    rules = [DecayRule("head", pattern=r"^head\.weight", multiplier=0.5), "per_matrix"]
+    names = [name for name, rule in assign_rules(model, rules).items() if rule.name == "decay"]
+    assert len(names) > 1
+    groups = decay_param_groups(model, 0.3, rules)
+    expected = {f"decay/{name}": 0.3 for name in names} | {"head": 0.15, "no_decay": 0.0}
+    assert {group["name"]: group["weight_decay"] for group in groups} == expected
+    of_name = dict(model.named_parameters())
+    for name in names:
+        (group,) = [group for group in groups if group["name"] == f"decay/{name}"]
+        assert group["params"] == [of_name[name]]
+
+
+def test_a_group_of_each_parameter_of_each_layer():
+    model = nn.ModuleList([nn.Linear(1, 1) for _ in range(2)])
+    rules = [DecayRule("layer", pattern=r"^(\d+)", layer_decay=0.5, per_parameter=True)]
+    assert {group["name"]: group["weight_decay"] for group in decay_param_groups(model, 1.0, rules)} == {
+        "layer_0/0.weight": 0.5,
+        "layer_0/0.bias": 0.5,
+        "layer_1/1.weight": 1.0,
+        "layer_1/1.bias": 1.0,
+    }
+
+
 def test_groups_are_the_fewest_and_hold_trainable_parameters_in_order():
     model = small()
     model["body"].requires_grad_(False)
@@ -320,20 +345,20 @@ def test_a_model_without_parameters():
         (
             "defualt",
             ValueError,
-            "There is no preset 'defualt'. Did you mean 'default'? Presets: 'default', 'fully_connected', 'cnn', "
-            "'weaker_before_norm', 'transformer', 'rnn'.",
+            "There is no preset 'defualt'. Did you mean 'default'? Presets: 'default', 'per_matrix', "
+            "'fully_connected', 'cnn', 'weaker_before_norm', 'transformer', 'rnn'.",
         ),
         (
             ["mine"],
             ValueError,
-            "There is no preset 'mine'. Presets: 'default', 'fully_connected', 'cnn', 'weaker_before_norm', "
-            "'transformer', 'rnn'.",
+            "There is no preset 'mine'. Presets: 'default', 'per_matrix', 'fully_connected', 'cnn', "
+            "'weaker_before_norm', 'transformer', 'rnn'.",
         ),
         (
             "[{nam: a}]",
             ValueError,
             "There is no preset '[{nam: a}]'. If it is meant as a list of rules, one of their keys or values is wrong. "
-            "Presets: 'default', 'fully_connected', 'cnn', 'weaker_before_norm', 'transformer', 'rnn'.",
+            "Presets: 'default', 'per_matrix', 'fully_connected', 'cnn', 'weaker_before_norm', 'transformer', 'rnn'.",
         ),
         ([], ValueError, "rules is empty. Give at least one rule, or the preset 'default'."),
         (None, TypeError, "rules must be the name of a preset or a list of rules, got None."),

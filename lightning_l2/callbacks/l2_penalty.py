@@ -40,8 +40,8 @@ class L2Penalty(Callback):
     The 1/2 makes $\lambda$ the one of torch's `weight_decay`; for SGD without clipping both are the same thing.
 
     Parameters without a gradient take no step and get no penalty. Under manual optimization it acts within
-    `optimizer.step()` of `self.optimizers()`, so after clipping that the module does itself. Optimizers that look at
-    the loss, as a line search does, get it with the penalty.
+    `optimizer.step()`, so after clipping that the module does itself. Optimizers that look at the loss, as a line
+    search does, get it with the penalty.
 
     Logged at the Trainer's cadence, and in `trainer.callback_metrics` from the first step of a fit on:
 
@@ -123,13 +123,17 @@ class L2Penalty(Callback):
         if self._fit.is_decided and is_first_batch_of_step(trainer):
             self._prepare_step(trainer)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Decide on lazy parameters, which have a shape after the first forward pass."""
+        if not self._fit.is_decided and not _is_undecided(pl_module):
+            self._decide_late(trainer, pl_module)
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Join the gradients here: they are complete and unscaled, and not clipped yet."""
         if not self._fit.is_decided:
-            self._decide(trainer, pl_module)
-            self._prepare_step(trainer)
+            self._decide_late(trainer, pl_module)
         bare = bare_optimizer(optimizer)
         if not unscales_in_step(trainer, bare):
             self._fit.objective.join_gradients(bare)
@@ -170,6 +174,10 @@ class L2Penalty(Callback):
         }
         self._fit.objective.penalise(penalised, flat_shards(trainer.model or pl_module))
         self._fit.is_decided = True
+
+    def _decide_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._decide(trainer, pl_module)
+        self._prepare_step(trainer)
 
     def _base(self, trainer: pl.Trainer, group: dict[str, Any]) -> float:
         conversion = self.weight_decay

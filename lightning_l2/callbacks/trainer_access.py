@@ -147,6 +147,12 @@ def unscales_in_step(trainer: Any, optimizer: torch.optim.Optimizer) -> bool:
     return scales and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def unscale(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Remove the fp16 scale from gradients before a step that would remove it itself, and then doesn't."""
+    if unscales_in_step(trainer, optimizer):
+        trainer.precision_plugin.scaler.unscale_(optimizer)
+
+
 def lr_schedulers(trainer: pl.Trainer) -> list[Any]:
     """Return the learning-rate schedulers of all optimizers, looked up afresh."""
     return [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -274,10 +280,19 @@ def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
     return TrainingSetup(
         lr=lr,
         steps_per_epoch=steps,
-        epochs=None if trainer.max_epochs == -1 else trainer.max_epochs,
+        epochs=_epochs(trainer, steps),
         batch_size=batch_size and batch_size * accumulation(trainer, 0) * trainer.world_size,
         samples=_length(getattr(loader, "dataset", None)),
     )
+
+
+def _epochs(trainer: Any, steps: int | None) -> float | None:
+    """Return the length of the training in epochs of so many steps, None where it is unknown."""
+    limits: list[float] = [] if trainer.max_epochs in (None, -1) else [trainer.max_epochs]
+    # under manual optimization `max_steps` counts the steps of every optimizer
+    if trainer.max_steps != -1 and steps and trainer.lightning_module.automatic_optimization:
+        limits.append(trainer.max_steps / steps)
+    return min(limits, default=None)
 
 
 def _length(dataset: Any) -> int | None:

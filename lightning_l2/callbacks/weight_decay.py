@@ -22,7 +22,7 @@ from lightning_l2.callbacks.trainer_access import (
     unscales_in_step,
 )
 from lightning_l2.convert import Conversion
-from lightning_l2.decay import Apply, attach_decay, check_options
+from lightning_l2.decay import Apply, attach_decay, check_groups, check_options
 from lightning_l2.decay_hooks import DecayHandle
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.regrouping import Regrouping
@@ -151,23 +151,34 @@ class WeightDecay(Callback):
         """Split the groups after every restore; lazy parameters have to wait for their shape."""
         if splits_early(trainer):
             self._reassert(trainer)
-        elif not _is_undecided(pl_module):
-            self._begin(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
+            return
+        self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module))
+        if not _is_undecided(pl_module):
+            self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
+        # In any case now: what is attached within a step acts from the next one on.
+        for optimizer in bare_optimizers(trainer) if self.apply != "optimizer" else ():
+            handle = attach_decay(optimizer, self.apply, before_clipping=self.before_clipping, peak_lr=self.peak_lr)
+            self._fit.handles[id(optimizer)] = handle
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Split groups that were added late, and let siblings share what was written to one, as finetuning does."""
-        if self._fit is None:
+        if self._fit.groups is None:
             return
         self._fit.groups.align()
         if self._fit.groups.has_new:
             self._split(trainer)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Split groups of lazy parameters, which have a shape after the first forward pass."""
+        if self._fit.groups is None and not _is_undecided(pl_module):
+            self._decide_late(trainer, pl_module)
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Split groups of lazy parameters, which have a shape after the first forward pass; couple before clipping."""
-        if self._fit is None:
-            self._begin(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
+        """Couple before clipping; split what is still to split where a module calls `backward` itself."""
+        if self._fit.groups is None:
+            self._decide_late(trainer, pl_module)
         # a fused optimizer unscales gradients in its own step, and adds lambda w there
         if self.before_clipping and not unscales_in_step(trainer, bare_optimizer(optimizer)):
             self._fit.handles[id(bare_optimizer(optimizer))].couple()
@@ -195,7 +206,7 @@ class WeightDecay(Callback):
         if self._fit is not None:
             self._fit.show()
 
-    def _begin(
+    def _decide(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
@@ -207,18 +218,19 @@ class WeightDecay(Callback):
         def weight_decay_of(name: str, rule: DecayRule, group: Mapping[str, Any]) -> float:
             return self._weight_decay_of(trainer, name, rule, group, changes)
 
-        groups = Regrouping(
+        self._fit.groups = Regrouping(
             pl_module, optimizers, schedulers, self.rules, weight_decay_of, self.lr_scheduler_attributes, trainer.model
         )
-        self._fit = _Fit(groups, lambda: remember_groups_in_finetuning(trainer, pl_module))
         self._reconfigure(optimizers)
         for optimizer in optimizers:
             self._check_takes_decay(optimizer)
         self._split(trainer)
         self._report(changes)
-        for optimizer in optimizers if self.apply != "optimizer" else ():
-            handle = attach_decay(optimizer, self.apply, before_clipping=self.before_clipping, peak_lr=self.peak_lr)
-            self._fit.handles[id(optimizer)] = handle
+
+    def _decide_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
+        for optimizer in bare_optimizers(trainer):
+            check_groups(optimizer, self.apply, self.peak_lr)
 
     def _begin_early(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizers: list[Optimizer], schedulers: list[Any]
@@ -229,8 +241,8 @@ class WeightDecay(Callback):
                 f"WeightDecay(apply={self.apply!r}) can't reach the step of an optimizer that DeepSpeed takes over. "
                 "Use apply='optimizer' with an optimizer that decays in the way you want."
             )
-        self._begin(trainer, pl_module, optimizers, lambda: schedulers)
-        self._fit.is_given_back = False
+        self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module), is_given_back=False)
+        self._decide(trainer, pl_module, optimizers, lambda: schedulers)
 
     def _check_early(self) -> None:
         if self._fit is None:
@@ -310,30 +322,31 @@ class WeightDecay(Callback):
 
 
 class _Fit:
-    """What is known of the running fit: the groups, and how decay was attached to the optimizers."""
+    """What is known of the running fit: the groups once they are decided, and how decay is attached to optimizers."""
 
-    def __init__(self, groups: Regrouping, remember_groups: Callable[[], None]) -> None:
-        self.groups = groups
+    def __init__(self, remember_groups: Callable[[], None], *, is_given_back: bool = True) -> None:
+        self.groups: Regrouping | None = None
         self.handles: dict[int, DecayHandle] = {}
-        self.is_given_back = True
+        self._is_given_back = is_given_back
         self._remember_groups = remember_groups
 
     def hide(self) -> None:
         """Present the optimizers in the user's layout."""
-        if self.is_given_back:
+        if self.groups is not None and self._is_given_back:
             self.groups.merge()
             self._remember_groups()
 
     def show(self) -> None:
         """Undo `hide`."""
-        self.groups.restore()
+        if self.groups is not None:
+            self.groups.restore()
 
     def release(self) -> None:
         """Leave the optimizers as the user made them."""
-        self.groups.restore()
+        self.show()
         for handle in self.handles.values():
             handle.remove()
-        if self.is_given_back:
+        if self.groups is not None and self._is_given_back:
             self.groups.merge()
 
 

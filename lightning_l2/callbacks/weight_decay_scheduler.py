@@ -20,6 +20,7 @@ from lightning_l2.callbacks.trainer_access import (
     step_index,
     total_epochs,
     total_steps,
+    unscale,
 )
 from lightning_l2.param_groups import base_weight_decay, multiply_weight_decay, without_multiplier
 from lightning_l2.schedules import FeedbackSchedule, Schedule
@@ -39,6 +40,7 @@ class WeightDecayScheduler(Callback):
     Exempt groups, whose base is 0, stay at 0 under every schedule. The first step sees progress 0, the last one 1, and
     every step after that 1. Steps count as those of learning-rate schedulers of interval `step` do: windows of batches,
     the same for all optimizers of a module. It works on groups made by `WeightDecay` and on groups made by hand.
+    Schedules that read gradients do so in steps of `self.optimizers()`, not in those of the bare optimizers.
 
     Args:
         schedule: Multiplier of the base value as a function of progress, or from what training does.
@@ -114,10 +116,14 @@ class WeightDecayScheduler(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Set lambda of schedules that read gradients, which are complete and unscaled only now."""
+        """Set lambda of schedules that read gradients, which are complete and unscaled only now, and of new groups."""
+        groups = bare_optimizer(optimizer).param_groups
+        if any("weight_decay" in group and "weight_decay_multiplier" not in group for group in groups):
+            self._apply(trainer, self._index(trainer))  # of parameters that were lazy
         if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "gradients":
             number = optimizer_number(trainer, optimizer)
             if number is not None:
+                unscale(trainer, bare_optimizer(optimizer))
                 self._read(trainer, number, bare_optimizer(optimizer))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_l2 import DecayRule, WeightDecay
-from lightning_l2.convert import GaussianPrior, Timescale
+from lightning_l2.convert import GaussianPrior, Normalised, Timescale
 from tests.helpers import DECAYED, EXEMPT, Net, Shrinking, batches, data, make_trainer
 
 LR, DECAY = 0.1, 0.3
@@ -93,6 +95,68 @@ def test_a_conversion_knows_the_samples() -> None:
     callback = WeightDecay(GaussianPrior(sigma=0.5), summary=False)
     make_trainer([callback]).fit(Net(), data())
     assert callback.summary()[0].weight_decay == pytest.approx(1 / (32 * 0.25))
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [({"max_epochs": 2}, 2), ({"max_epochs": -1, "max_steps": 4}, 0.5), ({"max_epochs": 2, "max_steps": 4}, 0.5)],
+    ids=str,
+)
+def test_a_conversion_knows_the_length(options: dict[str, int], epochs: float) -> None:
+    """lambda = normalised sqrt(batch / (samples epochs)), with 32 samples in 8 steps an epoch."""
+    callback = WeightDecay(Normalised(0.4), summary=False)
+    make_trainer([callback], **options).fit(Net(), data())
+    assert callback.summary()[0].weight_decay == pytest.approx(0.4 * (4 / (32 * epochs)) ** 0.5)
+
+
+def test_a_conversion_takes_no_length_from_the_steps_of_several_optimizers() -> None:
+    """Under manual optimization `max_steps` counts those of all of them, so only `max_epochs` tells the length."""
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    callback = WeightDecay(Normalised(0.4), summary=False)
+    make_trainer([callback], max_epochs=2, max_steps=4).fit(Manual(), data())
+    assert callback.summary()[0].weight_decay == pytest.approx(0.4 * (4 / (32 * 2)) ** 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's own use
+def test_a_conversion_comes_from_yaml_and_is_printed_as_the_number_it_became(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: lightning_l2.WeightDecay
+      init_args:
+        weight_decay: {class_path: lightning_l2.convert.Timescale, init_args: {epochs: 4}}
+"""
+    )
+
+    class Module(Net):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def train_dataloader(self) -> Any:
+            return data()
+
+    LightningCLI(Module, args=["fit", "--config", str(config)], save_config_callback=None)
+    assert "0.3125" in capsys.readouterr().out  # 1 / (0.1 * 4 * 8)
 
 
 def test_the_summary_is_data_a_table_and_a_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

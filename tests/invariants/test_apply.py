@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
@@ -250,6 +251,76 @@ def test_optimizers_without_weight_decay_get_it(apply: str) -> None:
             model.head.weight.detach(), torch.full((2, 3), (1 - lr * 0.2) ** 5, dtype=torch.float64)
         )
     assert torch.equal(model.head.bias.detach(), torch.ones(2, dtype=torch.float64))
+
+
+class Lazy(pl.LightningModule):
+    """A layer without shape until the first step is under way; the gradient of its weight is 0.1 w - `pull`."""
+
+    pull = torch.linspace(-1.0, 1.0, 8, dtype=torch.float64).reshape(2, 4)
+
+    def __init__(self, make: Make) -> None:
+        super().__init__()
+        self.layer, self.make = torch.nn.LazyLinear(2, dtype=torch.float64), make
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        zero = 0.0 * self.layer(batch[0].double()).sum()
+        if batch_idx == 0:
+            self.start = self.layer.weight.detach().clone(), self.layer.bias.detach().clone()
+        return zero + 0.05 * self.layer.weight.square().sum() - (self.pull * self.layer.weight).sum()
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+
+def lazy_by_hand(model: Lazy, apply: str, lambdas: list[float], eta: float) -> Tensor:
+    """The formulas around an optimizer that decays nothing itself."""
+    w = torch.nn.Parameter(model.start[0].clone())
+    optimizer = model.make([w])
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for value in lambdas:
+        before = w.detach().clone()
+        w.grad = 0.1 * before - model.pull + (value * before if apply == "coupled" else 0.0)
+        with torch.no_grad():
+            w *= 1 - {"decoupled": eta * value, "independent": value}.get(apply, 0.0)
+            optimizer.step()
+            if apply == "cautious":
+                w -= eta * value * torch.where((before - w) * before >= 0, before, 0.0)
+    return w.detach()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("scheduler", ["none", "after", "before"])
+@pytest.mark.parametrize("apply", WAYS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.Rprop, lr=0.1),
+        partial(torch.optim.RMSprop, lr=0.1),
+        partial(torch.optim.AdamW, lr=0.1, weight_decay=0.7),
+        partial(pytorch_optimizer.Lion, lr=0.1, weight_decay=0.7),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_lazy_layers_decay_from_their_first_step_on(make: Make, apply: str, scheduler: str) -> None:
+    """Their groups come to be within that step, and then get the lambda of their rule and of the schedule."""
+    model = Lazy(make)
+    callbacks, lambdas = decay(apply), [0.3] * 3
+    if scheduler != "none":
+        callbacks.insert(scheduler == "after", WeightDecayScheduler(LinearSchedule(start=0.5, end=1.0)))
+        lambdas = [0.15, 0.225, 0.3]
+    make_trainer(callbacks).fit(model, batches(3))
+    expected = lazy_by_hand(model, apply, lambdas, 0.1)
+    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model.layer.bias, model.start[1])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lambda_too_large_for_a_lazy_layer_is_refused_before_it_moves() -> None:
+    model = Lazy(partial(torch.optim.Rprop, lr=0.1))
+    with pytest.raises(ValueError, match=r"got weight_decay=1\.5\. Give a value of at most 1"):
+        make_trainer(decay("independent", 1.5)).fit(model, batches(1))
+    assert torch.equal(model.layer.weight, model.start[0])
 
 
 @pytest.mark.parametrize("apply", WAYS)

@@ -96,17 +96,36 @@ def test_a_gradient_scaler_changes_nothing(options: dict[str, Any]) -> None:
     assert_close(actual, train(make, Penalised, **options), 1e-2)
 
 
-def test_manual_optimization() -> None:
+@pytest.mark.parametrize("raw", [False, True], ids=["lightning-optimizer", "raw-optimizer"])
+@pytest.mark.parametrize("closure", [False, True], ids=["no-closure", "closure"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_manual_optimization(raw: bool, closure: bool, lazy: bool) -> None:
     class Manual(Net):
         def __init__(self, make: Any) -> None:
             super().__init__(make)
             self.automatic_optimization = False
+            if lazy:
+                self.start = self.head.state_dict()
+                self.head = torch.nn.LazyLinear(2)
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
+            if lazy and batch_idx == 0:
+                self(batch[0])
+                self.head.load_state_dict(self.start)
+
+            def evaluate() -> Tensor:
+                optimizer.zero_grad()
+                loss = super(Manual, self).training_step(batch, batch_idx)
+                self.manual_backward(loss)
+                return loss
+
+            optimizer = self.optimizers(use_pl_optimizer=not raw)
+            if closure:
+                optimizer.step(closure=evaluate)
+            else:
+                evaluate()
+                optimizer.step()
 
     make = OPTIMIZERS["Adam"]
     assert_close(train(make, Manual, L2Penalty(LAMBDA)), train(make, Penalised))
