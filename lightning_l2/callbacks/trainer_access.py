@@ -76,11 +76,16 @@ def step_index(trainer: pl.Trainer) -> int:
     Windows of batches that led to a step count, as for learning-rate schedulers of interval `step`, also where a fp16
     step was skipped. With manual optimization these are batches, the same for all optimizers: there,
     `trainer.global_step` counts the steps of every optimizer. Both are the Trainer's progress, saved and restored.
+    DeepSpeed accumulates by itself, and the Trainer counts its batches as steps.
     """
     if trainer.lightning_module.automatic_optimization:
-        return trainer.global_step
+        return trainer.global_step // _batches_a_counted_step(trainer)
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    return int(batches.processed)
+    return int(batches.processed) // _batches_a_counted_step(trainer)
+
+
+def _batches_a_counted_step(trainer: pl.Trainer) -> int:
+    return trainer.accumulate_grad_batches if trainer.strategy.handles_gradient_accumulation else 1
 
 
 def log_step(trainer: pl.Trainer) -> int:
@@ -227,18 +232,22 @@ def total_steps(trainer: Any) -> int:
             `max_steps` with manual optimization, which counts the steps of every optimizer.
     """
     limits: list[int] = []
+    counted = _batches_a_counted_step(trainer)
     if trainer.max_steps != -1 and not trainer.fast_dev_run:
         if trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
             raise MisconfigurationException(
                 f"`max_steps={trainer.max_steps}` counts the steps of every optimizer under manual optimization, "
                 "so the number of batches that step is unknown. Give `total_steps`, the number of training batches."
             )
-        limits.append(trainer.max_steps)
+        limits.append(trainer.max_steps // counted)
     epochs = trainer.max_epochs
     if epochs is not None and epochs != -1:
         steps = [steps_per_epoch(trainer, epoch) for epoch in range(epochs)]
         if all(step is not None for step in steps):
-            limits.append(sum(step or 0 for step in steps))
+            # DeepSpeed's windows of batches go over the end of an epoch.
+            limits.append(
+                sum(step or 0 for step in steps) if counted == 1 else epochs * trainer.num_training_batches // counted
+            )
     if not limits:
         raise MisconfigurationException(
             f"The length of the training is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
