@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MEMBERS = ("bit16_groups", "bf16_groups", "fp16_groups")
 
 
-def group_members(optimizer: Any) -> list[list[Tensor]]:
+def group_members(optimizer: Any) -> list[list[nn.Parameter]]:
     """Return the model's own parameters of each parameter group; DeepSpeed puts flat pieces in their place.
 
     It has no public record of them. In ZeRO-3 its lists are those of smaller groups.
@@ -30,7 +30,7 @@ def group_members(optimizer: Any) -> list[list[Tensor]]:
         return [group["params"] for group in optimizer.param_groups]
     lists = next(getattr(optimizer, name) for name in _MEMBERS if hasattr(optimizer, name))
     place = getattr(optimizer, "sub_group_to_group_id", {})
-    members: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
+    members: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
     for index, parameters in enumerate(lists):
         members[place.get(index, index)] += parameters
     return members

@@ -17,14 +17,22 @@ from lightning_l2.convert import TrainingSetup
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    _Base = pl.Callback
-elif "pytorch_lightning" in sys.modules:
-    # pytorch_lightning's CLI refuses callbacks that are not its own; one that derives from both runs in both.
-    class _Base(pl.Callback, sys.modules["pytorch_lightning"].Callback):
-        pass
 
-else:
-    _Base = pl.Callback
+class _Base(pl.Callback):
+    """Lightning's callback, and pytorch_lightning's too once that package is there."""
+
+
+def join_pytorch_lightning() -> None:
+    """Let all callbacks derive from pytorch_lightning's too, if that package has been imported by now.
+
+    Its CLI, and before version 2.6 its Trainer, refuse callbacks that are not its own.
+    """
+    theirs = getattr(sys.modules.get("pytorch_lightning"), "Callback", None)
+    if theirs is not None and not issubclass(_Base, theirs):
+        _Base.__bases__ = (pl.Callback, theirs)
+
+
+join_pytorch_lightning()
 
 
 def _weakly_held(name: str) -> property:
@@ -41,7 +49,7 @@ def _weakly_held(name: str) -> property:
 
 
 class Callback(_Base):
-    """The base of all callbacks here, at home in `lightning` and, where it is imported already, `pytorch_lightning`.
+    """The base of all callbacks here, at home in `lightning` and, where it is imported, in `pytorch_lightning`.
 
     What a callback knows of the running fit is in `_fit`, which is neither copied nor pickled and None outside of it.
     """
@@ -76,16 +84,11 @@ def step_index(trainer: pl.Trainer) -> int:
     Windows of batches that led to a step count, as for learning-rate schedulers of interval `step`, also where a fp16
     step was skipped. With manual optimization these are batches, the same for all optimizers: there,
     `trainer.global_step` counts the steps of every optimizer. Both are the Trainer's progress, saved and restored.
-    DeepSpeed accumulates by itself, and the Trainer counts its batches as steps.
     """
     if trainer.lightning_module.automatic_optimization:
-        return trainer.global_step // _batches_a_counted_step(trainer)
+        return trainer.global_step
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    return int(batches.processed) // _batches_a_counted_step(trainer)
-
-
-def _batches_a_counted_step(trainer: pl.Trainer) -> int:
-    return trainer.accumulate_grad_batches if trainer.strategy.handles_gradient_accumulation else 1
+    return int(batches.processed)
 
 
 def log_step(trainer: pl.Trainer) -> int:
@@ -213,7 +216,11 @@ DATA_IN_USE = {"_combined_loader": None, "_data_fetcher": None, "_iterator": Non
 def steps_per_epoch(trainer: pl.Trainer, epoch: int) -> int | None:
     """Return the number of optimizer steps in an epoch, or None where the data has no length."""
     batches = trainer.num_training_batches
-    return None if math.isinf(batches) else math.ceil(batches / accumulation(trainer, epoch))
+    if math.isinf(batches):
+        return None
+    # DeepSpeed makes no step of a short last window
+    whole = math.floor if trainer.strategy.handles_gradient_accumulation else math.ceil
+    return whole(batches / accumulation(trainer, epoch))
 
 
 def accumulation(trainer: Any, epoch: int) -> int:
@@ -232,22 +239,18 @@ def total_steps(trainer: Any) -> int:
             `max_steps` with manual optimization, which counts the steps of every optimizer.
     """
     limits: list[int] = []
-    counted = _batches_a_counted_step(trainer)
     if trainer.max_steps != -1 and not trainer.fast_dev_run:
         if trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
             raise MisconfigurationException(
                 f"`max_steps={trainer.max_steps}` counts the steps of every optimizer under manual optimization, "
                 "so the number of batches that step is unknown. Give `total_steps`, the number of training batches."
             )
-        limits.append(trainer.max_steps // counted)
+        limits.append(trainer.max_steps)
     epochs = trainer.max_epochs
     if epochs is not None and epochs != -1:
         steps = [steps_per_epoch(trainer, epoch) for epoch in range(epochs)]
         if all(step is not None for step in steps):
-            # DeepSpeed's windows of batches go over the end of an epoch.
-            limits.append(
-                sum(step or 0 for step in steps) if counted == 1 else epochs * trainer.num_training_batches // counted
-            )
+            limits.append(sum(step or 0 for step in steps))
     if not limits:
         raise MisconfigurationException(
             f"The length of the training is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "

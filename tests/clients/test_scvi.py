@@ -1,4 +1,4 @@
-"""scvi-tools: a Trainer of its own, two optimizers by hand, matrices of priors that are no weights, names with spaces."""
+"""scvi-tools: its own Trainer, two optimizers by hand, matrices of priors that are no weights, names with spaces."""
 
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,7 @@ def model_of(kind: str) -> Any:
         scvi.model.SCVI.setup_anndata(cells, batch_key="batch")
         return scvi.model.SCVI(cells, n_latent=4, n_hidden=8, dispersion="gene-batch")
     if kind == "scanvi":
-        scvi.model.SCANVI.setup_anndata(
-            cells, batch_key="batch", labels_key="labels", unlabeled_category="label_0"
-        )
+        scvi.model.SCANVI.setup_anndata(cells, batch_key="batch", labels_key="labels", unlabeled_category="label_0")
         return scvi.model.SCANVI(cells, n_latent=4, n_hidden=8)
     scvi.model.TOTALVI.setup_anndata(cells, batch_key="batch", protein_expression_obsm_key="protein_expression")
     return scvi.model.TOTALVI(cells, n_latent=4, n_hidden=8)

@@ -298,10 +298,11 @@ def scenario_on_resume(runner: Runner) -> dict[str, Any]:
 
 
 def scenario_accumulation(runner: Runner) -> dict[str, Any]:
-    """Two batches a step; the expert counts steps, which under DeepSpeed only one process without it can."""
-    batches = {"accumulate_grad_batches": 2}
+    """Three batches a step in epochs of four, so that the last window of each is a short one."""
+    batches = {"accumulate_grad_batches": 3}
     ramp = WeightDecayScheduler(LinearSchedule(start=0.0, end=1.0))
-    steps = STEPS_AN_EPOCH * EPOCHS // 2
+    # DeepSpeed makes no step of a short window
+    steps = EPOCHS if runner.name.startswith("deepspeed") else 2 * EPOCHS
     return {
         "actual": runner.fit([decay(), ramp], sgd, **batches)[0],
         "expected": runner.fit(
