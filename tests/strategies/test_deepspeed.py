@@ -7,6 +7,7 @@ flat master copy per group in place of the module's parameters, which it keeps a
 
 import sys
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,11 +20,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies import deepspeed as lightnings
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler
 from lightning_l2.adaptive import AdaptiveDecay, StableDecay
+from lightning_l2.norms import squared_norms
 from lightning_l2.schedules import LinearSchedule
+from lightning_l2.sharding import process_groups, whole
 from tests.helpers import Net, batches, hand_grouped, make_trainer, weights
 
 pytestmark = [
@@ -199,6 +203,20 @@ def test_resume(tmp_path: Path) -> None:
     model, _ = fit(ours(), ckpt=tmp_path / "half.ckpt")
     expected, _ = fit([Expert()], "auto", grouped=hand_grouped(0.3))
     assert_close(model, expected)
+
+
+def test_a_piece_of_a_parameter_ends_where_its_padding_begins() -> None:
+    """ZeRO-3 cuts a parameter into equal pieces, and what the last one has too much holds anything."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parameter = nn.Parameter(torch.zeros(0))
+        parameter.ds_tensor, parameter.ds_numel = torch.tensor([1.0, 2.0, 4.0, 2.0, nan]), 4
+        parameter.ds_shape, parameter.ds_process_group = torch.Size([2, 2]), dist.group.WORLD
+        assert squared_norms([parameter]).tolist() == [25.0]
+        assert whole(parameter).tolist() == [[1.0, 2.0], [4.0, 2.0]]
+        assert process_groups(parameter) == [dist.group.WORLD]
+    finally:
+        dist.destroy_process_group()
 
 
 class WeightsBefore(pl.Callback):

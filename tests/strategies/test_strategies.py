@@ -185,6 +185,14 @@ def test_logged_values_are_those_of_the_whole_model(strategy: str, found: Found)
             assert row[key] == pytest.approx(value, rel=tolerance, abs=1e-9), (step, key)
 
 
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2-sharded", *DEEPSPEED])
+def test_spectra_are_those_of_whole_matrices(strategy: str, found: Found) -> None:
+    results = found(strategy, "monitor")
+    for step, row in results["rows"].items():
+        largest = np.linalg.norm(results["weights"][step]["head.weight"].numpy(), 2)
+        assert row["spectral_norm/head.weight"] == pytest.approx(largest, rel=1e-3)
+
+
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *DEEPSPEED])
 def test_both_processes_can_monitor_the_total(strategy: str, found: Found) -> None:
     """Early stopping and checkpoints decide alike only if every process has the value."""

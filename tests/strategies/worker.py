@@ -318,7 +318,7 @@ def scenario_monitor(runner: Runner) -> dict[str, Any]:
     """Every step's rows, beside the whole weights before each step; SGD, so that the gradient follows from two."""
     rows, collect = Rows(), Collect(every_step=True)
     gradients = not runner.name.startswith("deepspeed")
-    monitor = L2NormMonitor(every_n_steps=1, gradients=gradients, updates=True)
+    monitor = L2NormMonitor(every_n_steps=1, gradients=gradients, updates=True, spectra=1)
     last, trainer = runner.fit([decay(), monitor, collect], sgd, logger=rows, log_every_n_steps=1)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return {"rows": rows.rows, "weights": [*collect.before, last], "metrics": metrics}
