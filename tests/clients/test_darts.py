@@ -104,12 +104,13 @@ def test_untrained_and_deep_copies_train_as_the_original() -> None:
 
 
 def test_pickle_and_save(tmp_path: Path) -> None:
+    """darts saves callbacks with the model, and loads classes of others than itself only if they are trusted."""
     expected, model = fit("NBEATSModel", decaying())
     again = pickle.loads(pickle.dumps(model)).untrained_model()
     again.fit(series())
     assert_same(weights(again.model), expected)
     model.save(str(tmp_path / "model.pt"))
-    loaded = models.NBEATSModel.load(str(tmp_path / "model.pt"))
+    loaded = models.NBEATSModel.load(str(tmp_path / "model.pt"), trusted=True)
     assert_same(weights(loaded.model), expected)
 
 
@@ -120,7 +121,7 @@ def test_resume_from_its_own_checkpoint(tmp_path: Path) -> None:
     fit("NBEATSModel", [*decaying(steps), seen])
     options = {"save_checkpoints": True, "model_name": "half", "work_dir": str(tmp_path), "force_reset": True}
     fit("NBEATSModel", decaying(steps), epochs=1, **options)
-    resumed = models.NBEATSModel.load_from_checkpoint("half", work_dir=str(tmp_path), best=False)
+    resumed = models.NBEATSModel.load_from_checkpoint("half", work_dir=str(tmp_path), best=False, trusted=True)
     again = probe()
     resumed.trainer_params["callbacks"] = [*decaying(steps), again]
     resumed.fit(series(), epochs=2)
