@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2.memory_layout import BLOCK, at_least_fp32, blocks, in_order, memory_order, plain_part, wide_dtype
-from lightning_l2.sharding import sum_over_shards
+from lightning_l2.sharding import is_zero3, sum_over_shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,7 +96,8 @@ def _way(tensor: Tensor, plain: bool) -> tuple[Callable[[list[Tensor]], Tensor],
         plain: Whether it is known to be plain, whatever its class.
     """
     dtype = tensor.dtype
-    if not plain and (type(tensor) not in _USUAL or dtype not in _FLOATS or tensor.layout is not torch.strided):
+    usual = type(tensor) in _USUAL and dtype in _FLOATS and tensor.layout is torch.strided
+    if not plain and (not usual or is_zero3(tensor)):
         return _unusual, None
     size = tensor.numel()
     if tensor.is_cpu and size <= SMALL:

@@ -99,7 +99,7 @@ class Reading:
         parameters = self.watched.parameters
         self._sums["weights", 0] = range(len(parameters)), local_squared_norms(parameters)
         if keep:
-            self._before = [_wide_copy(local_part(parameter.detach())) for parameter in parameters]
+            self._before = [_wide_copy(local_part(parameter).detach()) for parameter in parameters]
 
     def read_spectra(self) -> None:
         """Reduce the logged weight matrices to what tells their extreme singular values."""
@@ -141,7 +141,7 @@ class Reading:
         """Measure how the weights moved since `read_weights`; the copy becomes the difference and is let go."""
         if self._before is None:
             return
-        after = [local_part(parameter.detach()) for parameter in self.watched.parameters]
+        after = [local_part(parameter).detach() for parameter in self.watched.parameters]
         difference, self._before = self._before, None
         torch._foreach_sub_(difference, after)
         indices = range(len(after))
@@ -172,7 +172,7 @@ class Reading:
         for index, (parameter, layer) in enumerate(zip(self.watched.parameters, self.watched.layers, strict=True)):
             # The pieces that FSDP1 cuts are no matrices, and have no other place to be gathered from.
             if layer is not None and self.watched.shards[index] is None:
-                yield index, whole(parameter.detach())
+                yield index, whole(parameter).detach()
 
 
 def _wide_copy(tensor: Tensor) -> Tensor:

@@ -10,18 +10,51 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from torch.distributed import ProcessGroup
 
+# Where DeepSpeed's optimizers keep the model's parameters by group: ZeRO-1 and 2, bf16, and fp16 or ZeRO-3.
+_MEMBERS = ("bit16_groups", "bf16_groups", "fp16_groups")
+
+
+def group_members(optimizer: Any) -> list[list[nn.Parameter]]:
+    """Return the model's own parameters of each parameter group; DeepSpeed puts flat pieces in their place.
+
+    It has no public record of them. In ZeRO-3 its lists are those of smaller groups.
+
+    >>> group_members(torch.optim.SGD([torch.ones(1)]))
+    [[tensor([1.])]]
+    """
+    if not has_flat_pieces(optimizer):
+        return [group["params"] for group in optimizer.param_groups]
+    lists = next(getattr(optimizer, name) for name in _MEMBERS if hasattr(optimizer, name))
+    place = getattr(optimizer, "sub_group_to_group_id", {})
+    members: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
+    for index, parameters in enumerate(lists):
+        members[place.get(index, index)] += parameters
+    return members
+
+
+def has_flat_pieces(optimizer: Any) -> bool:
+    """Return whether DeepSpeed has taken an optimizer over, whose groups then hold flat pieces of several parameters.
+
+    >>> has_flat_pieces(torch.optim.SGD([torch.ones(1)]))
+    False
+    """
+    return any(hasattr(optimizer, name) for name in _MEMBERS)
+
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: the shard of a DTensor, the tensor itself of any other.
+    """Return what this process holds of a tensor: the shard of a DTensor or of a ZeRO-3 parameter, or the tensor.
 
     A DTensor that holds unreduced partial sums is reduced first.
 
     >>> local_part(torch.ones(2))
     tensor([1., 1.])
     """
+    if is_zero3(tensor):
+        return _zero3_piece(tensor)
     if not _is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -34,11 +67,13 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor gathered from all processes, by a collective of its own, and any other tensor as it is.
+    """Return a sharded tensor gathered from all processes, by a collective of its own, and any other as it is.
 
     >>> whole(torch.ones(2))
     tensor([1., 1.])
     """
+    if is_zero3(tensor):
+        return _zero3_whole(tensor)
     if not _is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -48,11 +83,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def process_groups(tensor: Tensor) -> list[ProcessGroup]:
-    """Return the process groups a DTensor is split over, one a mesh dimension; none for replicated and plain tensors.
+    """Return the process groups a tensor is split over, one a mesh dimension; none for replicated and plain tensors.
 
     >>> process_groups(torch.ones(2))
     []
     """
+    if is_zero3(tensor):
+        return [tensor.ds_process_group]  # type: ignore[attr-defined]  # DeepSpeed's
     if not _is_dtensor(tensor):
         return []
     from torch.distributed.tensor import DTensor
@@ -83,9 +120,8 @@ def sum_over_shards(
     members: dict[ProcessGroup, list[int]] = {}
     for index, tensor in enumerate(tensors):
         group = shards[index] if shards is not None else None
-        if group is not None or _is_dtensor(tensor):
-            for process_group in [group] if group is not None else process_groups(tensor):
-                members.setdefault(process_group, []).append(index)
+        for process_group in [group] if group is not None else process_groups(tensor):
+            members.setdefault(process_group, []).append(index)
     for process_group, indices in members.items():
         if len(indices) == sums.shape[-1]:
             dist.all_reduce(sums, group=process_group)
@@ -137,6 +173,28 @@ def show_shards(module: nn.Module) -> None:
         for part in module.modules():
             if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
                 part.reshard()  # type: ignore[operator]  # of that class
+
+
+def is_zero3(tensor: Tensor) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 has cut a parameter, which then looks empty between its uses.
+
+    >>> is_zero3(torch.ones(2))
+    False
+    """
+    return hasattr(tensor, "ds_tensor")
+
+
+def _zero3_piece(parameter: Any) -> Tensor:
+    """Return this process's piece without the padding of the last one, whose numbers mean nothing."""
+    piece: Tensor = parameter.ds_tensor.detach()
+    start = piece.numel() * dist.get_rank(parameter.ds_process_group)
+    return piece[: max(0, parameter.ds_numel - start)]
+
+
+def _zero3_whole(parameter: Any) -> Tensor:
+    pieces = [torch.empty_like(parameter.ds_tensor) for _ in range(dist.get_world_size(parameter.ds_process_group))]
+    dist.all_gather(pieces, parameter.ds_tensor.detach(), group=parameter.ds_process_group)
+    return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from torch.nn.parameter import is_lazy
 
 from lightning_l2.parameters import clean_name, describe_parameters
-from lightning_l2.sharding import flat_shards, process_groups
+from lightning_l2.sharding import flat_shards, group_members, process_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -95,14 +95,14 @@ def watch(
     ('0', '0', '1', '1')
     """
     names = {id(parameter): (clean_name(name), parameter) for name, parameter in model.named_parameters()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [parameters for optimizer in optimizers for parameters in group_members(optimizer)]
     group_names = unique_group_names(optimizers)
-    for group, group_name in zip(groups, group_names, strict=True):
-        for index, parameter in enumerate(group["params"]):
+    for parameters, group_name in zip(groups, group_names, strict=True):
+        for index, parameter in enumerate(parameters):
             names.setdefault(id(parameter), (f"{group_name}.{index}", parameter))
     watched = [(name, p) for name, p in names.values() if p.requires_grad and not is_lazy(p)]
     places = {id(parameter): index for index, (_, parameter) in enumerate(watched)}
-    members = [tuple(places[id(p)] for p in group["params"] if id(p) in places) for group in groups]
+    members = [tuple(places[id(p)] for p in parameters if id(p) in places) for parameters in groups]
     owners = {index: number for number in reversed(range(len(groups))) for index in members[number]}
     layers = [
         _layer(name, group_names[owners[index]] if index in owners else None, per, depth)

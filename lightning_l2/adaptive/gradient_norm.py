@@ -55,7 +55,7 @@ class AdaptiveDecay(FeedbackSchedule):
             )
 
     def check(self, optimizer: OptimizerLike) -> None:
-        """Refuse parameters that FSDP1 flattened; else only gradients and weights are read."""
+        """Refuse parameters that FSDP1 or DeepSpeed flattened; else only gradients and weights are read."""
         check_unflattened(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:

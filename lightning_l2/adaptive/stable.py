@@ -51,7 +51,8 @@ class StableDecay(FeedbackSchedule):
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "gradients"
 
     def check(self, optimizer: OptimizerLike) -> None:
-        """Refuse optimizers without Adam's second moments, and parameters that FSDP1 flattened."""
+        """Refuse optimizers without Adam's second moments, and parameters that FSDP1 or DeepSpeed flattened."""
+        check_unflattened(self, optimizer)
         states = [state for state in optimizer.state.values() if state]
         keeps = bool(states) and all("exp_avg_sq" in state and "step" in state for state in states)
         has_betas = all("betas" in group for group in optimizer.param_groups)
@@ -60,7 +61,6 @@ class StableDecay(FeedbackSchedule):
                 f"StableDecay reads the second moments (`betas`, `exp_avg_sq`, `step`) of Adam, AdamW, NAdam or RAdam, "
                 f"but {type(optimizer).__name__} doesn't keep them. Use one of these, or another schedule."
             )
-        check_unflattened(self, optimizer)
 
     @torch.no_grad()
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:

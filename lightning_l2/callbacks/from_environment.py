@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning_l2.callbacks.trainer_access import Callback, join_pytorch_lightning
+
 VARIABLE = "LIGHTNING_L2_CONFIG"
 
 
@@ -13,7 +15,9 @@ def callbacks_from_environment() -> list[Any]:
     """Return the callbacks of the YAML file that `LIGHTNING_L2_CONFIG` names, none if it is not set.
 
     Lightning calls this whenever a Trainer is made, through the entry points `lightning.pytorch.callbacks_factory` and
-    `pytorch_lightning.callbacks_factory`. The file holds what stands under `callbacks` in a LightningCLI configuration:
+    `pytorch_lightning.callbacks_factory`, before it looks at the callbacks that the Trainer was given: the moment for
+    these to become pytorch_lightning's, if it was imported after them. The file holds what stands under `callbacks` in
+    a LightningCLI configuration:
 
         callbacks:
           - class_path: lightning_l2.WeightDecay
@@ -27,6 +31,7 @@ def callbacks_from_environment() -> list[Any]:
     >>> callbacks_from_environment()
     []
     """
+    join_pytorch_lightning()
     path = os.environ.get(VARIABLE, "")
     if not path:
         return []
@@ -36,8 +41,6 @@ def callbacks_from_environment() -> list[Any]:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise ImportError(f'{VARIABLE} needs jsonargparse: pip install "lightning_l2[cli]".') from error
-
-    from lightning_l2.callbacks.trainer_access import Callback
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback], required=True)

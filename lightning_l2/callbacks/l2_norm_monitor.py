@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.alarms import Alarm, NormAlarms
@@ -18,6 +19,7 @@ from lightning_l2.callbacks.trainer_access import (
     log_step,
     logging_interval,
     optimizer_number,
+    splits_early,
     unscales_in_step,
 )
 from lightning_l2.histograms import log_histogram, takes_histograms
@@ -85,6 +87,7 @@ class L2NormMonitor(Callback):
 
     Raises:
         ValueError: If an argument is out of its range.
+        MisconfigurationException: Before the first step, if gradients are asked for and DeepSpeed has them.
 
     >>> monitor = L2NormMonitor(every_n_steps=100, per="parameter", updates=True, alarms=NormAlarms(growth=2.0))
     """
@@ -126,8 +129,14 @@ class L2NormMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; here, since states are restored after it."""
-        if stage == "fit":
-            self._initial = {}
+        if stage != "fit":
+            return
+        if self.options.gradients and splits_early(trainer):
+            raise MisconfigurationException(
+                f"L2NormMonitor(gradients={self.options.gradients!r}) can't reach the gradients, which DeepSpeed keeps "
+                "to itself. Leave the option out; norms, updates and penalties need no gradients."
+            )
+        self._initial = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh, with the optimizers that this fit has."""

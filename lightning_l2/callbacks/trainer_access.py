@@ -17,14 +17,22 @@ from lightning_l2.convert import TrainingSetup
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    _Base = pl.Callback
-elif "pytorch_lightning" in sys.modules:
-    # pytorch_lightning's CLI refuses callbacks that are not its own; one that derives from both runs in both.
-    class _Base(pl.Callback, sys.modules["pytorch_lightning"].Callback):
-        pass
 
-else:
-    _Base = pl.Callback
+class _Base(pl.Callback):
+    """Lightning's callback, and pytorch_lightning's too once that package is there."""
+
+
+def join_pytorch_lightning() -> None:
+    """Let all callbacks derive from pytorch_lightning's too, if that package has been imported by now.
+
+    Its CLI, and before version 2.6 its Trainer, refuse callbacks that are not its own.
+    """
+    theirs = getattr(sys.modules.get("pytorch_lightning"), "Callback", None)
+    if theirs is not None and not issubclass(_Base, theirs):
+        _Base.__bases__ = (pl.Callback, theirs)
+
+
+join_pytorch_lightning()
 
 
 def _weakly_held(name: str) -> property:
@@ -41,7 +49,7 @@ def _weakly_held(name: str) -> property:
 
 
 class Callback(_Base):
-    """The base of all callbacks here, at home in `lightning` and, where it is imported already, `pytorch_lightning`.
+    """The base of all callbacks here, at home in `lightning` and, where it is imported, in `pytorch_lightning`.
 
     What a callback knows of the running fit is in `_fit`, which is neither copied nor pickled and None outside of it.
     """
@@ -214,7 +222,11 @@ DATA_IN_USE = {"_combined_loader": None, "_data_fetcher": None, "_iterator": Non
 def steps_per_epoch(trainer: pl.Trainer, epoch: int) -> int | None:
     """Return the number of optimizer steps in an epoch, or None where the data has no length."""
     batches = trainer.num_training_batches
-    return None if math.isinf(batches) else math.ceil(batches / accumulation(trainer, epoch))
+    if math.isinf(batches):
+        return None
+    # DeepSpeed makes no step of a short last window
+    whole = math.floor if trainer.strategy.handles_gradient_accumulation else math.ceil
+    return whole(batches / accumulation(trainer, epoch))
 
 
 def accumulation(trainer: Any, epoch: int) -> int:

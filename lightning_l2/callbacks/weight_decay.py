@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -253,12 +254,29 @@ class WeightDecay(Callback):
 
     def _reassert(self, trainer: pl.Trainer) -> None:
         """Write lambda again: a strategy that took the optimizer over restores it with the checkpoint's values."""
-        weight_decay = {row.group: row.weight_decay for row in self.summary()}
+        restored = {name: self._restored.get(name, value) for name, value in self._weight_decay.items()}
+        configured = self._weight_decay
+        self._report(
+            {name: (configured[name], restored[name]) for name in restored if configured[name] != restored[name]}
+        )
+        self._weight_decay = restored if self.on_resume == "checkpoint" else configured
+        self._summary = [replace(row, weight_decay=self._of_group(row)) for row in self.summary()]
+        weight_decay = {row.group: row.weight_decay for row in self._summary}
         for optimizer in bare_optimizers(trainer):
             for group in optimizer.param_groups:
                 if group.get("name") in weight_decay:
                     group["initial_weight_decay"] = weight_decay[group["name"]]
                     group["weight_decay"] = weight_decay[group["name"]] * group.get("weight_decay_multiplier", 1.0)
+
+    def _of_group(self, row: GroupSummary) -> float:
+        """Return the base lambda that all parameters of a group have, which can't be split any more."""
+        values = {name: self._weight_decay.get(name, row.weight_decay) for name in row.names}
+        if len(set(values.values())) > 1:
+            raise MisconfigurationException(
+                f"The checkpoint has several weight decays for parameters of the group {row.group!r}, {values}, and "
+                "DeepSpeed has made the group one piece. Set on_resume='config', or use the rules of the checkpoint."
+            )
+        return next(iter(values.values()), row.weight_decay)
 
     def _split(self, trainer: pl.Trainer) -> None:
         self._fit.groups.split_new()

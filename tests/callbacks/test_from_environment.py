@@ -62,6 +62,21 @@ def test_a_closed_script_is_decayed(package: str, is_set: bool, config: Path) ->
     assert ("no_decay" in output) == is_set
 
 
+BOTH_ORDERS = """
+import {first}, {second}
+callback = lightning_l2.WeightDecay(0.5)
+trainer = pytorch_lightning.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+assert isinstance(callback, pytorch_lightning.Callback)
+"""
+
+
+@pytest.mark.parametrize("orders", [("lightning_l2", "pytorch_lightning"), ("pytorch_lightning", "lightning_l2")])
+def test_callbacks_are_those_of_pytorch_lightning_whichever_is_imported_first(orders: tuple[str, str]) -> None:
+    """pytorch_lightning 2.5 makes no Trainer with others: "Expected a parent"."""
+    script = BOTH_ORDERS.format(first=orders[0], second=orders[1])
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 def test_without_the_variable_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIGHTNING_L2_CONFIG", raising=False)
     assert callbacks_from_environment() == []

@@ -1,11 +1,13 @@
-"""DeepSpeed's documented contract, with a stand-in for its engine: Lightning's own strategy runs, `deepspeed` doesn't.
+"""DeepSpeed's contract in one process, with a stand-in for its engine: Lightning's own strategy runs, `deepspeed` not.
 
 What the stand-in keeps of ZeRO: the engine takes the optimizer at construction, drops empty groups in place, puts one
-flat master copy per group in place of the module's parameters, and offers `param_groups` of the optimizer it wraps.
+flat master copy per group in place of the module's parameters, which it keeps as `bit16_groups`, and offers
+`param_groups` of the optimizer it wraps. `test_strategies.py` runs DeepSpeed itself where it is installed.
 """
 
 import sys
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,14 +15,19 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies import deepspeed as lightnings
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim import Optimizer
 
-from lightning_l2 import L2NormMonitor, WeightDecay, WeightDecayScheduler
+from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler
+from lightning_l2.adaptive import AdaptiveDecay, StableDecay
+from lightning_l2.norms import squared_norms
 from lightning_l2.schedules import LinearSchedule
+from lightning_l2.sharding import process_groups, whole
 from tests.helpers import Net, batches, hand_grouped, make_trainer, weights
 
 pytestmark = [
@@ -35,9 +42,9 @@ class ZeroOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        self.members: list[list[nn.Parameter]] = []
+        self.bit16_groups: list[list[nn.Parameter]] = []
         for group in optimizer.param_groups:
-            self.members.append(group["params"])
+            self.bit16_groups.append(group["params"])
             flat = torch.cat([p.detach().flatten() for p in group["params"]])
             group["params"] = [nn.Parameter(flat)]
         optimizer.state.clear()
@@ -55,22 +62,22 @@ class ZeroOptimizer:
         return self.optimizer.defaults
 
     def step(self, closure: Any = None) -> None:
-        for members, group in zip(self.members, self.param_groups, strict=True):
+        for members, group in zip(self.bit16_groups, self.param_groups, strict=True):
             group["params"][0].grad = torch.cat([p.grad.flatten() for p in members])
         self.optimizer.step()
         with torch.no_grad():
-            for members, group in zip(self.members, self.param_groups, strict=True):
+            for members, group in zip(self.bit16_groups, self.param_groups, strict=True):
                 parts = group["params"][0].split([p.numel() for p in members])
                 for p, part in zip(members, parts, strict=True):
                     p.copy_(part.view_as(p))
 
     def read_members(self) -> None:
         with torch.no_grad():
-            for members, group in zip(self.members, self.param_groups, strict=True):
+            for members, group in zip(self.bit16_groups, self.param_groups, strict=True):
                 group["params"][0].copy_(torch.cat([p.flatten() for p in members]))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in (p for members in self.members for p in members):
+        for p in (p for members in self.bit16_groups for p in members):
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +203,78 @@ def test_resume(tmp_path: Path) -> None:
     model, _ = fit(ours(), ckpt=tmp_path / "half.ckpt")
     expected, _ = fit([Expert()], "auto", grouped=hand_grouped(0.3))
     assert_close(model, expected)
+
+
+def test_a_piece_of_a_parameter_ends_where_its_padding_begins() -> None:
+    """ZeRO-3 cuts a parameter into equal pieces, and what the last one has too much holds anything."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parameter = nn.Parameter(torch.zeros(0))
+        parameter.ds_tensor, parameter.ds_numel = torch.tensor([1.0, 2.0, 4.0, 2.0, nan]), 4
+        parameter.ds_shape, parameter.ds_process_group = torch.Size([2, 2]), dist.group.WORLD
+        assert squared_norms([parameter]).tolist() == [25.0]
+        assert whole(parameter).tolist() == [[1.0, 2.0], [4.0, 2.0]]
+        assert process_groups(parameter) == [dist.group.WORLD]
+    finally:
+        dist.destroy_process_group()
+
+
+class WeightsBefore(pl.Callback):
+    """Keeps the squares that the last step started from."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.squares = {name: float(p.detach().double().square().sum()) for name, p in pl_module.named_parameters()}
+
+
+def test_norms_are_those_of_the_module() -> None:
+    """Not of the flat copies too, which the optimizer holds instead."""
+    before = WeightsBefore()
+    _, trainer = fit([WeightDecay(0.3, summary=False), L2NormMonitor(every_n_steps=1), before])
+    total = sum(before.squares.values())
+    decayed = before.squares["body.0.weight"] + before.squares["head.weight"]
+    assert float(trainer.callback_metrics["l2_norm/total"]) == pytest.approx(total**0.5, rel=1e-6)
+    assert float(trainer.callback_metrics["l2_penalty/total"]) == pytest.approx(0.3 / 2 * decayed, rel=1e-6)
+
+
+def test_gradients_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"(?s)gradients.*DeepSpeed keeps to itself.*Leave the option"):
+        fit([L2NormMonitor(gradients=True)])
+
+
+@pytest.mark.parametrize("schedule", [StableDecay(), AdaptiveDecay()])
+def test_adaptive_decay_is_refused(schedule: Any) -> None:
+    with pytest.raises(ValueError, match=r"sums over whole tensors, but DeepSpeed has flattened"):
+        fit([WeightDecay(0.3, summary=False), WeightDecayScheduler(schedule)])
+
+
+@pytest.mark.parametrize(("policy", "second"), [("config", 0.1), ("checkpoint", 0.3)])
+def test_an_edited_lambda_follows_the_policy(policy: Any, second: float, tmp_path: Path) -> None:
+    fit([WeightDecay(0.3, summary=False), ModelCheckpoint(tmp_path, "half")], epochs=1)
+    callback = WeightDecay(0.1, on_resume=policy, summary=False)
+    _, trainer = fit([callback], ckpt=tmp_path / "half.ckpt")
+    assert {g["name"]: g["weight_decay"] for g in trainer.optimizers[0].param_groups} == {
+        "decay": second,
+        "no_decay": 0.0,
+    }
+    assert {row.group: row.weight_decay for row in callback.summary()} == {"decay": second, "no_decay": 0.0}
+
+
+def test_a_difference_can_be_an_error(tmp_path: Path) -> None:
+    fit([WeightDecay(0.3, summary=False), ModelCheckpoint(tmp_path, "half")], epochs=1)
+    with pytest.raises(MisconfigurationException, match=r"0\.1 is configured, 0\.3 in the checkpoint"):
+        fit([WeightDecay(0.1, on_resume="error", summary=False)], ckpt=tmp_path / "half.ckpt")
+
+
+def test_a_group_that_mixes_the_checkpoints_lambdas_is_refused(tmp_path: Path) -> None:
+    """The rules are others, and the groups only look the same, since their sizes are."""
+
+    def decay(pattern: str, **options: Any) -> WeightDecay:
+        rules = [DecayRule("some", pattern=pattern, weight_decay=0.3), DecayRule("rest", weight_decay=0.1)]
+        return WeightDecay(0.3, rules=rules, summary=False, **options)
+
+    fit([decay(r"body\.0\.bias|body\.1\.weight"), ModelCheckpoint(tmp_path, "half")], epochs=1)
+    with pytest.raises(MisconfigurationException, match=r"several weight decays.*'body.1.weight': 0.3.*on_resume"):
+        fit([decay(r"body\.0\.bias|body\.1\.bias", on_resume="checkpoint")], ckpt=tmp_path / "half.ckpt")
 
 
 def test_an_optimizer_in_deepspeeds_own_configuration_is_refused() -> None:

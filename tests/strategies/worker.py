@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -46,6 +46,26 @@ class CPUFSDPStrategy(FSDPStrategy):
         )
 
 
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed on the CPU, where it runs with gloo; only Lightning's wish for a GPU is lifted."""
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        import deepspeed
+
+        # its collectives in shared memory take a compiler, and gloo has the same ones
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        # the index is what DeepSpeed goes by
+        return torch.device("cpu", 0)
+
+
 def strategy_of(name: str) -> Any:
     if name == "single":
         return "auto"
@@ -53,6 +73,8 @@ def strategy_of(name: str) -> Any:
         return DDPStrategy(process_group_backend="gloo")
     if name == "fsdp1":
         return CPUFSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type="sharded", process_group_backend="gloo")
+    if name.startswith("deepspeed"):
+        return CPUDeepSpeedStrategy(stage=int(name[-1]), process_group_backend="gloo")
     return ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=name == "fsdp2-sharded"
     )
@@ -124,6 +146,12 @@ def gathered(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[dict[s
     if isinstance(wrapped, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
             yield {clean(name): p.detach().double().clone() for name, p in module.named_parameters()}
+        return
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(module.parameters())):
+            yield {name: p.detach().double().clone() for name, p in module.named_parameters()}
         return
     whole = {name: getattr(p.detach(), "full_tensor", p.detach)() for name, p in module.named_parameters()}
     yield {name: tensor.double().clone() for name, tensor in whole.items()}
@@ -255,10 +283,42 @@ def scenario_checkpoints(runner: Runner) -> dict[str, Any]:
     return found
 
 
+def scenario_on_resume(runner: Runner) -> dict[str, Any]:
+    """lambda is edited between the epochs; beside each policy the expert."""
+    runner.fit([decay()], epochs=1, save="edited")
+    found: dict[str, Any] = {}
+    for policy, second in (("config", 0.1), ("checkpoint", 0.3)):
+
+        def decay_of(name: str, step: int, second: float = second) -> float:
+            return (second if step >= STEPS_AN_EPOCH else 0.3) if name in DECAYED else 0.0
+
+        actual, _ = runner.fit([WeightDecay(0.1, on_resume=policy, summary=False)], resume="edited")
+        found[policy] = {"actual": actual, "expected": runner.fit([Expert(decay_of)], by_hand=True)[0]}
+    return found
+
+
+def scenario_accumulation(runner: Runner) -> dict[str, Any]:
+    """Three batches a step in epochs of four, so that the last window of each is a short one."""
+    batches = {"accumulate_grad_batches": 3}
+    ramp = WeightDecayScheduler(LinearSchedule(start=0.0, end=1.0))
+    # DeepSpeed makes no step of a short window
+    steps = EPOCHS if runner.name.startswith("deepspeed") else 2 * EPOCHS
+    return {
+        "actual": runner.fit([decay(), ramp], sgd, **batches)[0],
+        "expected": runner.fit(
+            [Expert(lambda name, step: 0.3 * step / (steps - 1) if name in DECAYED else 0.0)],
+            sgd,
+            by_hand=True,
+            **batches,
+        )[0],
+    }
+
+
 def scenario_monitor(runner: Runner) -> dict[str, Any]:
     """Every step's rows, beside the whole weights before each step; SGD, so that the gradient follows from two."""
     rows, collect = Rows(), Collect(every_step=True)
-    monitor = L2NormMonitor(every_n_steps=1, gradients=True, updates=True)
+    gradients = not runner.name.startswith("deepspeed")
+    monitor = L2NormMonitor(every_n_steps=1, gradients=gradients, updates=True, spectra=1)
     last, trainer = runner.fit([decay(), monitor, collect], sgd, logger=rows, log_every_n_steps=1)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     return {"rows": rows.rows, "weights": [*collect.before, last], "metrics": metrics}
@@ -300,12 +360,17 @@ def scenario_layout(runner: Runner) -> dict[str, Any]:
 
 
 SCENARIOS = {name.removeprefix("scenario_"): f for name, f in dict(globals()).items() if name.startswith("scenario_")}
-OF_CHECKPOINTS = {"rules_and_schedule", "resume_with_a_schedule", "checkpoints", "layout"}
+OF_CHECKPOINTS = {"rules_and_schedule", "resume_with_a_schedule", "on_resume", "checkpoints", "layout"}
+OF_DEEPSPEED = {"rules_and_schedule", "resume_with_a_schedule", "monitor", "collectives", "accumulation", "on_resume"}
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """All scenarios, each with the error it ended with instead of results."""
-    chosen = {k: f for k, f in SCENARIOS.items() if name not in ("zero", "fsdp2-full") or k in OF_CHECKPOINTS}
+    chosen = SCENARIOS
+    if name in ("zero", "fsdp2-full"):
+        chosen = {k: f for k, f in SCENARIOS.items() if k in OF_CHECKPOINTS}
+    elif name.startswith("deepspeed"):
+        chosen = {k: f for k, f in SCENARIOS.items() if k in OF_DEEPSPEED}
     found: dict[str, Any] = {}
     for scenario, function in chosen.items():
         try:
