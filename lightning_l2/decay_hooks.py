@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -24,13 +25,12 @@ from lightning_l2.decay_math import (
 from lightning_l2.norms import squared_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
     from torch.optim import Optimizer
 
 Group: TypeAlias = dict[str, Any]
 PeakLR: TypeAlias = float | Literal["initial"] | None
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -50,6 +50,12 @@ def reads_loss(optimizer: Optimizer) -> bool:
 def ascent_sign(optimizer: Optimizer, group: Group) -> int:
     """Return the sign with which a penalty joins the objective: -1 where the optimizer maximises it."""
     return -1 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1
+
+
+def uncompiled(hook: Hook) -> Hook:
+    """Keep a hook out of a compiled step, where it would be compiled anew whenever lambda changes its kind."""
+    disable: Callable[[Hook], Hook] = torch.compiler.disable
+    return disable(hook)
 
 
 def peak_of(group: Group, peak_lr: float | Literal["initial"]) -> float | Tensor:
@@ -111,9 +117,10 @@ class Attached(DecayHandle):
         self._in_step = in_step
         self._hidden: list[tuple[Group, Group]] = []
         self._is_running = False
-        # Within a compiled step each hook would be compiled anew whenever lambda changes its kind, beside the update.
-        before, after = map(torch.compiler.disable, (self._on_step, self._on_stepped))
-        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(uncompiled(self._on_step)),
+            optimizer.register_step_post_hook(uncompiled(self._on_stepped)),
+        ]
         # A checkpoint that is written because a step raised must not hold the hidden values.
         with contextlib.suppress(AttributeError):
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_l2.decay_hooks import ascent_sign, reads_loss, wrap_closure
+from lightning_l2.decay_hooks import ascent_sign, reads_loss, uncompiled, wrap_closure
 from lightning_l2.decay_math import add_decay_gradient
 from lightning_l2.norms import squared_norms
 from lightning_l2.param_groups import base_weight_decay
@@ -52,8 +52,7 @@ class L2Objective:
         self._measured: _Measured | None = None
         # by `id`, the optimizers whose gradients have been joined for the step to come
         self._joined: set[int] = set()
-        (hook,) = map(torch.compiler.disable, [self._on_step])
-        self._hooks = [optimizer.register_step_pre_hook(hook) for optimizer in optimizers]
+        self._hooks = [optimizer.register_step_pre_hook(uncompiled(self._on_step)) for optimizer in optimizers]
 
     def penalise(self, penalised: Mapping[int, Penalised], shards: Mapping[int, ProcessGroup] | None = None) -> None:
         """Decide on parameters, at the latest when their first gradient is there.
