@@ -73,7 +73,7 @@ class Regrouping:
             self._check_owner(split)
             keys = split.split_new(self._key)
             if index in self._local:
-                self._local[index].split_new(self._key, keys)
+                self._local[index].split_new(_key_within(split.groups), keys)
         name_groups(self.splits)
 
     def align(self) -> None:
@@ -132,6 +132,12 @@ def _local_part(optimizer: Optimizer) -> Optimizer | None:
     """
     kinds = {kind.__name__ for kind in type(optimizer).__mro__}
     return optimizer.optim if "ZeroRedundancyOptimizer" in kinds else None  # type: ignore[attr-defined]  # of that class
+
+
+def _key_within(groups: Sequence[Mapping[str, Any]]) -> Callable[[Tensor, Mapping[str, Any]], GroupKey]:
+    """Return a function that gives what was decided on a parameter of these groups."""
+    keys = {id(p): GroupKey(group["rule"], group["initial_weight_decay"]) for group in groups for p in group["params"]}
+    return lambda parameter, _: keys[id(parameter)]
 
 
 def _size(parameter: Tensor) -> int:
