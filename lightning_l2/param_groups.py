@@ -354,13 +354,21 @@ def unique_names(owners: Sequence[tuple[int, int, str | None, str]], taken: Iter
         of_name.setdefault(owner[3], []).append(index)
     for holders in of_name.values():
         several = len({owners[index][0] for index in holders}) > 1
+        parents = {owners[index][:2] for index in holders}
         for scheme in _NAME_SCHEMES if several else _NAME_SCHEMES_OF_ONE:
             proposed = [name for index in holders if (name := scheme(*owners[index]))]
-            if len(set(proposed)) == len(holders) and not taken.intersection(proposed):
+            if len(proposed) == len(holders) and len(set(proposed)) == len(parents) and not taken & set(proposed):
                 break
+        proposed = _numbered(proposed)
         names.update(zip(holders, proposed, strict=True))
         taken.update(proposed)
     return [names[index] for index in range(len(owners))]
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Tell apart what one rule made of one parent: a checkpoint's lambda may differ where the rule's doesn't."""
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [name if count == 1 else f"part{count}/{name}" for name, count in zip(names, counts, strict=True)]
 
 
 _NameScheme = Callable[[int, int, str | None, str], str | None]

@@ -207,6 +207,12 @@ def test_multiplying() -> None:
             ["optimizer0/a/d", "optimizer0/b/d", "optimizer1/a/d"],
         ),
         ([(0, 1, None, "decay")], ["decay"], ["group1/decay"]),
+        ([(0, 0, None, "decay")] * 3, [], ["decay", "part2/decay", "part3/decay"]),
+        (
+            [(0, 0, None, "decay"), (0, 0, None, "decay"), (0, 1, None, "decay")],
+            [],
+            ["group0/decay", "part2/group0/decay", "group1/decay"],
+        ),
     ],
 )
 def test_names_are_prefixed_only_where_needed(owners, taken, expected) -> None:
