@@ -156,6 +156,7 @@ class NormConstraint(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take note of lazy parameters, which have a shape after the first forward pass."""
+        self._fit.pause(False)
         if any(constraint.undecided for constraint in self._fit.constraints):
             self._fit.prepare()
 
