@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.strategies import worker
 
 REPOSITORY = Path(__file__).parents[2]
-SECONDS = 120
+SECONDS = 200
 STRATEGIES = ["ddp", "fsdp1", "fsdp2-sharded"]
 # What differs for these is only the optimizer's state and how it is saved
 WITH_CHECKPOINTS = [*STRATEGIES, "fsdp2-full", "zero"]
@@ -138,6 +138,31 @@ def test_schedules_count_steps_not_batches(strategy: str, found: Found) -> None:
 def test_checkpoints_with_and_without_the_plugin(strategy: str, first: str, second: str, found: Found) -> None:
     results = found(strategy, "checkpoints")[f"{first}-{second}"]
     assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("batch", [worker.STEPS_AN_EPOCH + 1, worker.STEPS_AN_EPOCH + 2])
+@pytest.mark.parametrize("strategy", WITH_CHECKPOINTS)
+def test_resume_in_the_middle_of_an_epoch_and_of_a_window(strategy: str, batch: int, found: Found) -> None:
+    results = found(strategy, "middle")[str(batch)]
+    assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("policy", ["config", "checkpoint"])
+def test_lambda_edited_in_an_optimizer_that_holds_another_one(policy: str, found: Found) -> None:
+    results = found("zero", "edited")[policy]
+    assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("kind", ["independent", "cautious", "lagrangian"])
+def test_saving_within_a_step_changes_no_weight(kind: str, found: Found) -> None:
+    results = found("fsdp2-sharded", "saving")[kind]
+    assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_options_of_ddp(option: str, found: Found) -> None:
+    results = found("ddp", "options")
+    assert_equal(results[option], results["plain"])
 
 
 @pytest.mark.parametrize("strategy", WITH_CHECKPOINTS)
