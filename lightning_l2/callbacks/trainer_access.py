@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 
-from lightning_l2.callbacks.both_packages import derive_from_both
+from lightning_l2.both_packages import derive_from_both
 from lightning_l2.convert import TrainingSetup
 
 if TYPE_CHECKING:
