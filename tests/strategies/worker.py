@@ -399,10 +399,10 @@ def scenario_edited(runner: Runner) -> dict[str, Any]:
     def holding(last: float) -> Callable[[str, int], float]:
         return lambda name, step: (0.1, last)[step // STEPS_AN_EPOCH] if name in DECAYED else 0.0
 
-    runner.fit([WeightDecay(summary=False)], edited(0.1), epochs=1, save="edited")
+    runner.fit([WeightDecay(summary=False)], edited(0.1), epochs=1, save="held")
     found = {}
     for policy, last in (("config", 0.4), ("checkpoint", 0.1)):
-        actual, _ = runner.fit([WeightDecay(summary=False, on_resume=policy)], edited(0.4), resume="edited")
+        actual, _ = runner.fit([WeightDecay(summary=False, on_resume=policy)], edited(0.4), resume="held")
         found[policy] = {"actual": actual, "expected": runner.fit([Expert(holding(last))], by_hand=True)[0]}
     return found
 
