@@ -37,6 +37,9 @@ class AttachedConstraint:
         label: What to put before the label of a group without a name.
         shards: The process group that FSDP1 has spread a parameter over, by the parameter's `id`.
 
+    Attributes:
+        is_paused: Whether steps are left alone, as those that torch.distributed makes to take an optimizer's state.
+
     Raises:
         RuntimeError: If the optimizer has no step hooks.
 
@@ -68,6 +71,7 @@ class AttachedConstraint:
                 f"{type(optimizer).__name__} has no step hooks (`register_step_post_hook`), which a norm constraint "
                 "needs. Derive it from torch.optim.Optimizer."
             )
+        self.is_paused = False
         self._optimizer = optimizer
         self._names = names
         self._bound = bound
@@ -137,6 +141,8 @@ class AttachedConstraint:
         return self._layout is None
 
     def _on_stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.is_paused:
+            return
         self.prepare()
         if self._vectors is not None and self.labels:
             # A fused optimizer is called even where the gradient scaler found an infinity, and skips the step itself.

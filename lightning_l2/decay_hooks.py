@@ -83,7 +83,14 @@ def wrap_closure(
 
 
 class DecayHandle:
-    """What `attach_decay` returns; this one, where the optimizer decays by itself, has nothing to do."""
+    """What `attach_decay` returns; this one, where the optimizer decays by itself, has nothing to do.
+
+    Attributes:
+        is_paused: Whether steps are left alone. torch.distributed makes one with a learning rate of 0 when it takes an
+            optimizer's state without gradients at hand, also in the middle of another step.
+    """
+
+    is_paused: bool = False
 
     def remove(self) -> None:
         """Take the hooks off the optimizer and leave its groups as they were."""
@@ -148,6 +155,8 @@ class Attached(DecayHandle):
 
     @torch.no_grad()
     def _on_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: Group) -> tuple[tuple[Any, ...], Group] | None:
+        if self.is_paused:
+            return None
         self._is_running = True
         self.restore()
         with_closure = wrap_closure(args, kwargs, self._wrapped)
@@ -173,6 +182,8 @@ class Attached(DecayHandle):
 
     @torch.no_grad()
     def _on_stepped(self, *_: Any) -> None:
+        if self.is_paused:
+            return
         self.restore()
         if self._is_running:  # False in the step that it was attached within
             self._after_update()

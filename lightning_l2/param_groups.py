@@ -12,18 +12,21 @@ The keys that a group carries are what all callbacks share:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from lightning_l2.lr_schedulers import PerGroupValues, select_per_group
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
+
+# A tensor and how often it was changed in place.
+Mark: TypeAlias = tuple[int, int]
 
 # What a child has of its own; all other options are shared with its parent.
 OWN_KEYS = frozenset(
@@ -97,13 +100,14 @@ class GroupKey:
 class _Parent:
     """A group as the user made it: its keys, its own values of what children have of theirs, what these are called.
 
-    `shared` holds what all children had in common when they were aligned last.
+    `shared` holds what all children had in common when they were aligned last, `marks` which tensors they had then.
     """
 
     keys: tuple[str, ...]
     own: dict[str, Any]
     names: list[str]
     shared: dict[str, Any]
+    marks: dict[str, list[Mark]] = field(default_factory=dict)
 
     @property
     def children(self) -> int:
@@ -188,11 +192,12 @@ class GroupSplit:
         self._select_in_schedulers([index for index, size in enumerate(sizes) for _ in range(size)])
         children: list[dict[str, Any]] = []
         for group, family in zip(new, families, strict=True):
-            shared = {key: value for key, value in group.items() if key not in OWN_KEYS}
+            shared = {k: v for k, v in group.items() if k not in OWN_KEYS and not isinstance(v, torch.Tensor)}
             names = [key.group or key.rule for key in family]
             self._parents.append(_Parent(tuple(group), _own_values(group), names, shared))
-            children += [_child(group, key, indices) for key, indices in family.items()]
+            children += [_child(group, key, indices, number) for number, (key, indices) in enumerate(family.items())]
         self.optimizer.param_groups[known:] = children
+        self.align()
         return [list(family) for family in families]
 
     def align(self) -> None:
@@ -201,7 +206,7 @@ class GroupSplit:
         for parent in self._parents:
             siblings = [next(groups) for _ in range(parent.children)]
             if len(siblings) > 1:
-                _align(siblings, parent.shared)
+                _align(siblings, parent)
 
     def merge(self) -> None:
         """Present the user's own layout until `restore`; a second call changes nothing."""
@@ -245,8 +250,11 @@ def _members(
     return members
 
 
-def _child(group: dict[str, Any], key: GroupKey, indices: Sequence[int]) -> dict[str, Any]:
+def _child(group: dict[str, Any], key: GroupKey, indices: Sequence[int], number: int) -> dict[str, Any]:
     child = {**group, "params": [group["params"][index] for index in indices]}
+    if number:
+        # schedulers change a learning rate that is a tensor in place, once for each group that has it
+        child.update({key: value.clone() for key, value in group.items() if isinstance(value, torch.Tensor)})
     if "param_names" in group:
         child["param_names"] = [group["param_names"][index] for index in indices]
     child.pop("name", None)
@@ -256,21 +264,40 @@ def _child(group: dict[str, Any], key: GroupKey, indices: Sequence[int]) -> dict
     return child
 
 
-def _align(siblings: Sequence[dict[str, Any]], shared: dict[str, Any]) -> None:
+def _align(siblings: Sequence[dict[str, Any]], parent: _Parent) -> None:
     first, *others = siblings
-    shared.update({key: first[key] for key in first.keys() - shared.keys() - OWN_KEYS})
+    shared, marks = parent.shared, parent.marks
+    for key in first.keys() - shared.keys() - marks.keys() - OWN_KEYS:
+        if isinstance(first[key], torch.Tensor):
+            marks[key] = _marks([sibling[key] for sibling in siblings])
+        else:
+            shared[key] = first[key]
+    for key in marks:
+        marks[key] = _align_tensors([sibling[key] for sibling in siblings], marks[key])
     values = [first.get(key) for key in shared]
     if all([other.get(key) for key in shared] == values for other in others):
         shared.update(zip(shared, values, strict=True))  # as nearly always: nobody has written, or to all of them
         return
     for key, before in shared.items():
-        # siblings share a tensor, and to compare it would wait for its device
-        values = [sibling.get(key, before) for sibling in siblings]
-        changed = [value for value in values if not isinstance(value, torch.Tensor) and value != before]
+        changed = [value for sibling in siblings if (value := sibling.get(key, before)) != before]
         if changed and all(value == changed[0] for value in changed):
             shared[key] = changed[0]
             for sibling in siblings:
                 sibling[key] = changed[0]
+
+
+def _align_tensors(tensors: Sequence[Tensor], before: Collection[Mark]) -> list[Mark]:
+    """Do the same for values that are changed in place; to compare what they hold would wait for their device."""
+    changed = [tensor for tensor, mark in zip(tensors, _marks(tensors), strict=True) if mark not in before]
+    if len(changed) == 1:
+        for tensor in tensors:
+            if tensor is not changed[0]:
+                tensor.copy_(changed[0])
+    return _marks(tensors)
+
+
+def _marks(tensors: Iterable[Tensor]) -> list[Mark]:
+    return [(id(tensor), tensor._version) for tensor in tensors]
 
 
 def _own_values(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,13 +354,21 @@ def unique_names(owners: Sequence[tuple[int, int, str | None, str]], taken: Iter
         of_name.setdefault(owner[3], []).append(index)
     for holders in of_name.values():
         several = len({owners[index][0] for index in holders}) > 1
+        parents = {owners[index][:2] for index in holders}
         for scheme in _NAME_SCHEMES if several else _NAME_SCHEMES_OF_ONE:
             proposed = [name for index in holders if (name := scheme(*owners[index]))]
-            if len(set(proposed)) == len(holders) and not taken.intersection(proposed):
+            if len(proposed) == len(holders) and len(set(proposed)) == len(parents) and not taken & set(proposed):
                 break
+        proposed = _numbered(proposed)
         names.update(zip(holders, proposed, strict=True))
         taken.update(proposed)
     return [names[index] for index in range(len(owners))]
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Tell apart what one rule made of one parent: a checkpoint's lambda may differ where the rule's doesn't."""
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [name if count == 1 else f"part{count}/{name}" for name, count in zip(names, counts, strict=True)]
 
 
 _NameScheme = Callable[[int, int, str | None, str], str | None]

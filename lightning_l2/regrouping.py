@@ -73,7 +73,7 @@ class Regrouping:
             self._check_owner(split)
             keys = split.split_new(self._key)
             if index in self._local:
-                self._local[index].split_new(self._key, keys)
+                self._local[index].split_new(_key_within(split.groups, keys), keys)
         name_groups(self.splits)
 
     def align(self) -> None:
@@ -132,6 +132,16 @@ def _local_part(optimizer: Optimizer) -> Optimizer | None:
     """
     kinds = {kind.__name__ for kind in type(optimizer).__mro__}
     return optimizer.optim if "ZeroRedundancyOptimizer" in kinds else None  # type: ignore[attr-defined]  # of that class
+
+
+def _key_within(
+    groups: Sequence[Mapping[str, Any]], keys: Sequence[Sequence[GroupKey]]
+) -> Callable[[Tensor, Mapping[str, Any]], GroupKey]:
+    """Return a function that gives what was decided on a parameter of the last groups, which these keys made."""
+    new = [key for family in keys for key in family]
+    decided = zip(new, groups[len(groups) - len(new) :], strict=True)
+    known = {id(parameter): key for key, group in decided for parameter in group["params"]}
+    return lambda parameter, _: known[id(parameter)]
 
 
 def _size(parameter: Tensor) -> int:

@@ -207,6 +207,12 @@ def test_multiplying() -> None:
             ["optimizer0/a/d", "optimizer0/b/d", "optimizer1/a/d"],
         ),
         ([(0, 1, None, "decay")], ["decay"], ["group1/decay"]),
+        ([(0, 0, None, "decay")] * 3, [], ["decay", "part2/decay", "part3/decay"]),
+        (
+            [(0, 0, None, "decay"), (0, 0, None, "decay"), (0, 1, None, "decay")],
+            [],
+            ["group0/decay", "part2/group0/decay", "group1/decay"],
+        ),
     ],
 )
 def test_names_are_prefixed_only_where_needed(owners, taken, expected) -> None:
@@ -266,3 +272,35 @@ def test_siblings_share_what_is_written_to_one_of_them() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.3]  # written to each, so meant for each
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.1]
     assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def tensor_groups() -> tuple[torch.optim.Optimizer, GroupSplit, torch.Tensor]:
+    lr = torch.tensor(0.5)
+    optimizer = torch.optim.AdamW(nn.Linear(2, 1).parameters(), lr=lr)
+    split = GroupSplit(optimizer, list)
+    split.split_new(lambda p, group: GroupKey(str(p.ndim), 0.1))
+    return optimizer, split, lr
+
+
+def test_a_tensor_that_every_group_changes_in_place_changes_once() -> None:
+    """As schedulers do it that lower what they find."""
+    optimizer, split, lr = tensor_groups()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for _ in range(3):
+        scheduler.step(1.0)
+        split.align()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.125, 0.125]
+    split.merge()
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_tensor_that_somebody_fills_is_the_one_of_all_siblings(index: int) -> None:
+    optimizer, split, lr = tensor_groups()
+    for value in (0.25, 0.75):
+        (lr if index == 0 else optimizer.param_groups[1]["lr"]).fill_(value)
+        split.align()
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [value, value]
+    split.merge()
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert float(lr) == 0.75

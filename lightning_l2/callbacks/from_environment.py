@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_l2.callbacks.trainer_access import Callback, join_pytorch_lightning
+from lightning_l2.callbacks.trainer_access import Callback
 
 VARIABLE = "LIGHTNING_L2_CONFIG"
 
@@ -15,9 +15,7 @@ def callbacks_from_environment() -> list[Any]:
     """Return the callbacks of the YAML file that `LIGHTNING_L2_CONFIG` names, none if it is not set.
 
     Lightning calls this whenever a Trainer is made, through the entry points `lightning.pytorch.callbacks_factory` and
-    `pytorch_lightning.callbacks_factory`, before it looks at the callbacks that the Trainer was given: the moment for
-    these to become pytorch_lightning's, if it was imported after them. The file holds what stands under `callbacks` in
-    a LightningCLI configuration:
+    `pytorch_lightning.callbacks_factory`. The file holds what stands under `callbacks` in a LightningCLI configuration:
 
         callbacks:
           - class_path: lightning_l2.WeightDecay
@@ -31,7 +29,6 @@ def callbacks_from_environment() -> list[Any]:
     >>> callbacks_from_environment()
     []
     """
-    join_pytorch_lightning()
     path = os.environ.get(VARIABLE, "")
     if not path:
         return []

@@ -156,6 +156,7 @@ class NormConstraint(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take note of lazy parameters, which have a shape after the first forward pass."""
+        self._fit.pause(False)
         if any(constraint.undecided for constraint in self._fit.constraints):
             self._fit.prepare()
 
@@ -175,14 +176,21 @@ class NormConstraint(Callback):
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what bounds and multipliers remember, by parameter name."""
+        """Return what bounds and multipliers remember, by parameter name; the optimizers' states are taken next."""
         if self._fit is not None:
             self._fit.memorise()
+            self._fit.pause(True)
         parameters = {name: dict(values) for name, values in self._memory.items()}
         return {"bound": type(self.bound).__name__, "per": self.per, "parameters": parameters}
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Act on steps again, now that the optimizers' states are taken."""
+        if self._fit is not None:
+            self._fit.pause(False)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what bounds and multipliers remembered, if they are of the same kind."""
+        self._release()
         if (state_dict["bound"], state_dict["per"]) == (type(self.bound).__name__, self.per):
             self._memory = {name: dict(values) for name, values in state_dict["parameters"].items()}
         else:
@@ -247,8 +255,14 @@ class _Fit:
 
     def prepare(self) -> None:
         """Look up what there is to constrain, before a step moves it."""
+        self.pause(False)
         for constraint in self.constraints:
             constraint.prepare()
+
+    def pause(self, is_paused: bool) -> None:
+        """Leave steps alone, or act on them again."""
+        for constraint in self.constraints:
+            constraint.is_paused = is_paused
 
     def memorise(self) -> None:
         """Write down what bounds and multipliers remember."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +11,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 
+from lightning_l2.both_packages import derive_from_both
 from lightning_l2.convert import TrainingSetup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-
-class _Base(pl.Callback):
-    """Lightning's callback, and pytorch_lightning's too once that package is there."""
-
-
-def join_pytorch_lightning() -> None:
-    """Let all callbacks derive from pytorch_lightning's too, if that package has been imported by now.
-
-    Its CLI, and before version 2.6 its Trainer, refuse callbacks that are not its own.
-    """
-    theirs = getattr(sys.modules.get("pytorch_lightning"), "Callback", None)
-    if theirs is not None and not issubclass(_Base, theirs):
-        _Base.__bases__ = (pl.Callback, theirs)
-
-
-join_pytorch_lightning()
 
 
 def _weakly_held(name: str) -> property:
@@ -48,8 +31,8 @@ def _weakly_held(name: str) -> property:
     return property(get, put)
 
 
-class Callback(_Base):
-    """The base of all callbacks here, at home in `lightning` and, where it is imported, in `pytorch_lightning`.
+class Callback(pl.Callback):
+    """The base of all callbacks here, at home in `lightning` and, where it is imported, `pytorch_lightning`.
 
     What a callback knows of the running fit is in `_fit`, which is neither copied nor pickled and None outside of it.
     """
@@ -62,6 +45,9 @@ class Callback(_Base):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback starts with."""
         return {key: value for key, value in vars(self).items() if key not in ("_fit", "_log", "_log_dict")}
+
+
+derive_from_both(Callback)
 
 
 def check_alone(trainer: Any, callback: Callback) -> None:
@@ -161,9 +147,24 @@ def unscale(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         trainer.precision_plugin.scaler.unscale_(optimizer)
 
 
-def lr_schedulers(trainer: pl.Trainer) -> list[Any]:
-    """Return the learning-rate schedulers of all optimizers, looked up afresh."""
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
+def lr_schedulers(trainer: Any) -> list[Any]:
+    """Return what holds learning rates of all optimizers' groups, looked up afresh."""
+    averaging = [callback for callback in trainer.callbacks if isinstance(getattr(callback, "_swa_lrs", None), list)]
+    rates = [_RatesOfAveraging(*pair) for pair in zip(averaging, bare_optimizers(trainer), strict=False)]
+    return [*(config.scheduler for config in trainer.lr_scheduler_configs), *rates]
+
+
+class _RatesOfAveraging:
+    """Stands for the scheduler that StochasticWeightAveraging makes in a later epoch, of one rate a group."""
+
+    def __init__(self, callback: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._callback, self.optimizer = callback, optimizer
+        self.base_lrs = callback._swa_lrs
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "base_lrs":
+            self._callback._swa_lrs = value
 
 
 def splits_early(trainer: pl.Trainer) -> bool:
@@ -252,8 +253,8 @@ def total_steps(trainer: Any) -> int:
                 "so the number of batches that step is unknown. Give `total_steps`, the number of training batches."
             )
         limits.append(trainer.max_steps)
-    epochs = trainer.max_epochs
-    if epochs is not None and epochs != -1:
+    epochs = _max_epochs(trainer)
+    if epochs is not None:
         steps = [steps_per_epoch(trainer, epoch) for epoch in range(epochs)]
         if all(step is not None for step in steps):
             limits.append(sum(step or 0 for step in steps))
@@ -272,8 +273,9 @@ def total_epochs(trainer: Any) -> int:
     Raises:
         MisconfigurationException: If the Trainer can't know.
     """
-    if trainer.max_epochs not in (None, -1):
-        return int(trainer.max_epochs)
+    epochs = _max_epochs(trainer)
+    if epochs is not None:
+        return epochs
     steps = steps_per_epoch(trainer, epoch=0)
     if trainer.max_steps == -1 or steps is None:
         raise MisconfigurationException(
@@ -281,6 +283,15 @@ def total_epochs(trainer: Any) -> int:
             "Give `total_steps`, in epochs, or set `max_epochs` on the Trainer."
         )
     return math.ceil(int(trainer.max_steps) / steps)
+
+
+def _max_epochs(trainer: Any) -> int | None:
+    """Return how many epochs train at most, or None for no limit."""
+    if trainer.max_epochs in (None, -1):
+        return None
+    # StochasticWeightAveraging adds an epoch that only measures what batch normalisation needs
+    measured = any(getattr(callback, "_model_contains_batch_norm", False) for callback in trainer.callbacks)
+    return int(trainer.max_epochs) - measured
 
 
 def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
@@ -300,7 +311,8 @@ def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
 
 def _epochs(trainer: Any, steps: int | None) -> float | None:
     """Return the length of the training in epochs of so many steps, None where it is unknown."""
-    limits: list[float] = [] if trainer.max_epochs in (None, -1) else [trainer.max_epochs]
+    epochs = _max_epochs(trainer)
+    limits: list[float] = [] if epochs is None else [epochs]
     # under manual optimization `max_steps` counts the steps of every optimizer
     if trainer.max_steps != -1 and steps and trainer.lightning_module.automatic_optimization:
         limits.append(trainer.max_steps / steps)

@@ -129,6 +129,7 @@ class WeightDecay(Callback):
         if stage != "fit":
             return
         check_alone(trainer, self)
+        self._release()
         self._restored, self._configured = {}, []
         if splits_early(trainer):
             on_optimizers_configured(pl_module, lambda *configured: self._begin_early(trainer, pl_module, *configured))
@@ -152,19 +153,21 @@ class WeightDecay(Callback):
         """Split the groups after every restore; lazy parameters have to wait for their shape."""
         if splits_early(trainer):
             self._reassert(trainer)
-            return
-        self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module))
-        if not _is_undecided(pl_module):
-            self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
-        # In any case now: what is attached within a step acts from the next one on.
-        for optimizer in bare_optimizers(trainer) if self.apply != "optimizer" else ():
-            handle = attach_decay(optimizer, self.apply, before_clipping=self.before_clipping, peak_lr=self.peak_lr)
-            self._fit.handles[id(optimizer)] = handle
+        else:
+            self._begin(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Split the groups again where a tuner restored the optimizer in the middle of a fit."""
+        if self._fit is None:
+            self._begin(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Split groups that were added late, and let siblings share what was written to one, as finetuning does."""
+        if self._fit is None:
+            self._begin(trainer, pl_module)
         if self._fit.groups is None:
             return
+        self._fit.show()
         self._fit.groups.align()
         if self._fit.groups.has_new:
             self._split(trainer)
@@ -180,6 +183,7 @@ class WeightDecay(Callback):
         """Couple before clipping; split what is still to split where a module calls `backward` itself."""
         if self._fit.groups is None:
             self._decide_late(trainer, pl_module)
+        self._fit.show()
         # a fused optimizer unscales gradients in its own step, and adds lambda w there
         if self.before_clipping and not unscales_in_step(trainer, bare_optimizer(optimizer)):
             self._fit.handles[id(bare_optimizer(optimizer))].couple()
@@ -199,13 +203,27 @@ class WeightDecay(Callback):
         return {"weight_decay": dict(self._weight_decay)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the checkpoint's base lambdas, for `on_resume`."""
+        """Remember the checkpoint's base lambdas, for `on_resume`; the optimizers' states come next.
+
+        Tuners restore in the middle of a fit, too, and the states are in the user's own layout.
+        """
+        if self._fit is not None and self._fit.is_given_back:
+            self._release()
         self._restored = dict(state_dict["weight_decay"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Put the groups back, now that the optimizers' states are taken."""
         if self._fit is not None:
             self._fit.show()
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module))
+        if not _is_undecided(pl_module):
+            self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
+        # In any case now: what is attached within a step acts from the next one on.
+        for optimizer in bare_optimizers(trainer) if self.apply != "optimizer" else ():
+            handle = attach_decay(optimizer, self.apply, before_clipping=self.before_clipping, peak_lr=self.peak_lr)
+            self._fit.handles[id(optimizer)] = handle
 
     def _decide(
         self,
@@ -345,12 +363,13 @@ class _Fit:
     def __init__(self, remember_groups: Callable[[], None], *, is_given_back: bool = True) -> None:
         self.groups: Regrouping | None = None
         self.handles: dict[int, DecayHandle] = {}
-        self._is_given_back = is_given_back
+        self.is_given_back = is_given_back
         self._remember_groups = remember_groups
 
     def hide(self) -> None:
         """Present the optimizers in the user's layout."""
-        if self.groups is not None and self._is_given_back:
+        self._pause(True)
+        if self.groups is not None and self.is_given_back:
             self.groups.merge()
             self._remember_groups()
 
@@ -358,13 +377,18 @@ class _Fit:
         """Undo `hide`."""
         if self.groups is not None:
             self.groups.restore()
+        self._pause(False)
+
+    def _pause(self, is_paused: bool) -> None:
+        for handle in self.handles.values():
+            handle.is_paused = is_paused
 
     def release(self) -> None:
         """Leave the optimizers as the user made them."""
         self.show()
         for handle in self.handles.values():
             handle.remove()
-        if self.groups is not None and self._is_given_back:
+        if self.groups is not None and self.is_given_back:
             self.groups.merge()
 
 

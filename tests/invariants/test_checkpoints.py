@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim import Optimizer
 
-from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, WeightDecay, WeightDecayScheduler
+from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
 from tests.helpers import DECAYED, Net, Shrinking, ValidatedNet, assert_same_weights, batches, make_trainer, weights
 
@@ -347,3 +347,56 @@ def test_a_checkpoint_of_the_hand_grouped_optimizer_goes_on_with_the_scheduler_a
     assert group["weight_decay"] == 0.1
     model = run([], 2, tmp_path / "saved.ckpt")
     np.testing.assert_allclose(model.watches[0].of("head.weight"), [0.1] * 4, rtol=1e-9)
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_before_zero_grad",
+        "on_after_backward",
+        "on_train_batch_end",
+        "on_train_epoch_end",
+        "on_validation_end",
+    ],
+)
+def test_states_that_nobody_saves_change_nothing(hook: str, position: str) -> None:
+    """A person looks at `state_dict()`, or a checkpoint fails half-way and training goes on."""
+
+    class Look(pl.Callback):
+        pass
+
+    def look(trainer: pl.Trainer, *args: Any) -> None:
+        for callback in trainer.callbacks:
+            callback.state_dict()
+
+    def run(*mine: pl.Callback) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = ValidatedNet(OPTIMIZERS["AdamW"], lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 4))
+        make_trainer(mine, max_epochs=2).fit(model, batches(3), batches(1))
+        return weights(model)
+
+    expected = run(*all_callbacks(), NormConstraint(0.9))
+    looking = Look()
+    setattr(looking, hook, look)
+    mine = [*all_callbacks(), NormConstraint(0.9)]
+    assert_same_weights(run(*([looking, *mine] if position == "first" else [*mine, looking])), expected)
+
+
+def test_groups_of_a_rule_that_the_checkpoint_divides_have_names_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "old.ckpt"
+    shrink(rules(0.05, rules=[DecayRule("head", pattern=r"^head\.weight", weight_decay=0.2), "default"]), 1, save=path)
+    seen: dict[str, float] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            groups = trainer.optimizers[0].param_groups
+            seen.update({group["name"]: group["weight_decay"] for group in groups})
+            assert len({group["name"] for group in groups}) == len(groups)
+
+    model = shrink([*rules(0.05, on_resume="checkpoint"), Look()], 2, path)
+    assert sorted(seen.values()) == [0.0, 0.05, 0.2]
+    np.testing.assert_allclose(model.watches[0].of("head.weight"), [0.2] * 4, rtol=1e-9)

@@ -1,5 +1,6 @@
 """An optimizer that the callback regroups trains as the same optimizer grouped by hand by an expert."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_optimizer
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -98,6 +100,27 @@ def test_training_options(name: str, options: dict[str, Any]) -> None:
     model = train(seeded(CastNet, make), WeightDecay(0.3, summary=False), **options)
     assert_same_weights(model, train(seeded(CastNet, make, grouped=hand_grouped(0.3)), **options))
     assert dtype != torch.float64 or model.head.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW-fused", "SGD-nesterov", "Adafactor"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skipped_fp16_steps(name: str, accumulate: int) -> None:
+    """The first scale is absurd, so the scaler leaves out several steps."""
+    scales: list[float] = []
+
+    class Scaled(Net):
+        def on_train_batch_end(self, *args: Any) -> None:
+            scales.append(self.trainer.precision_plugin.scaler.get_scale())
+
+    def run(*mine: pl.Callback, **options: Any) -> pl.LightningModule:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        model = seeded(Scaled, OPTIMIZERS[name], **options)
+        return train(model, *mine, plugins=[precision], accumulate_grad_batches=accumulate)
+
+    assert_same_weights(run(WeightDecay(0.3, summary=False)), run(grouped=hand_grouped(0.3)))
+    lowered = sum(after < before for before, after in itertools.pairwise(scales))
+    assert 2 < lowered < 20, "some steps of each training were to be skipped, and some to be taken"
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD-nesterov"])
@@ -198,3 +221,47 @@ def test_parameters_out_of_the_optimizer_stay_out() -> None:
 
     model = train(seeded(Net, make, grouped=only_the_head), WeightDecay(0.3, summary=False))
     assert_same_weights(model, train(seeded(Net, make, grouped=by_hand)))
+
+
+class Adversaries(pl.LightningModule):
+    """Two manual optimizers of different cadence, toggled, each with its own scheduler and clipped gradients."""
+
+    def __init__(self, by_hand: bool, raw: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.by_hand, self.raw = by_hand, raw
+        self.maker = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 4))
+        self.judge = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def groups(self, part: nn.Module) -> Any:
+        if not self.by_hand:
+            return part.parameters()
+        return [
+            {"params": [p for p in part.parameters() if p.ndim > 1], "weight_decay": 0.3},
+            {"params": [p for p in part.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+
+    def configure_optimizers(self) -> Any:
+        maker = torch.optim.AdamW(self.groups(self.maker), lr=0.01)
+        judge = torch.optim.Adam(self.groups(self.judge), lr=0.01)
+        decay = torch.optim.lr_scheduler.ExponentialLR(maker, 0.95)
+        return [maker, judge], [decay, torch.optim.lr_scheduler.LambdaLR(judge, lambda step: 1 / (1 + step))]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        maker, judge = self.optimizers()
+        for sign, optimizer in ((1, judge), *(((-1, maker),) if batch_idx % 3 == 0 else ())):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            loss = nn.functional.softplus(sign * self.judge(self.maker(batch[0]))).mean()
+            self.manual_backward(loss + nn.functional.softplus(-sign * self.judge(batch[0])).mean())
+            self.clip_gradients(optimizer, 0.05, "value")
+            (optimizer.optimizer if self.raw else optimizer).step()
+            self.untoggle_optimizer(optimizer)
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["lightning-optimizer", "raw-optimizer"])
+def test_adversaries_with_two_manual_optimizers(raw: bool) -> None:
+    model = train(seeded(Adversaries, False, raw), WeightDecay(0.3, summary=False))
+    assert_same_weights(model, train(seeded(Adversaries, True, raw)))

@@ -1,10 +1,12 @@
 """After fit, or whatever ends it, the optimizer is exactly the user's: groups, keys, values and their order."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
@@ -121,18 +123,66 @@ def test_after_an_exception_in_a_hook(hook: str, position: str, error: type[Base
         assert layout(model.kept, model) == model.at_first
 
 
-@pytest.mark.parametrize("where", ["training_step", "validation_step", "on_train_epoch_end", "optimizer_step"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_after_an_exception_in_the_module(where: str, error: type[BaseException]) -> None:
-    model = Kept(adamw, grouped=own_groups)
+# Called once in a fit
+ONCE = [
+    *("setup", "configure_model", "configure_callbacks", "train_dataloader", "val_dataloader"),
+    *("on_fit_start", "on_train_start", "on_train_end", "on_fit_end"),
+]
+MODULE_HOOKS = [
+    *("setup", "configure_model", "configure_callbacks", "train_dataloader", "val_dataloader", "state_dict"),
+    *("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "transfer_batch_to_device"),
+    *("on_before_batch_transfer", "on_after_batch_transfer", "forward", "training_step", "backward"),
+    *("on_before_backward", "on_after_backward", "on_before_zero_grad", "optimizer_zero_grad", "optimizer_step"),
+    *("on_before_optimizer_step", "configure_gradient_clipping", "clip_gradients", "lr_scheduler_step"),
+    *("on_train_batch_end", "on_validation_start", "validation_step", "on_validation_epoch_end", "on_save_checkpoint"),
+    *("on_train_epoch_end", "on_train_end", "on_fit_end"),
+]
 
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise error("stopped")
+
+# Said to everyone who has an OnExceptionCheckpoint, of which Lightning looks for the last one.
+@pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set, but there is no last checkpoint")
+@pytest.mark.filterwarnings("ignore:..fit.ckpt_path=None.. was called without a model")
+@pytest.mark.parametrize(
+    ("apply", "error"), [("optimizer", KeyboardInterrupt), ("optimizer", RuntimeError), ("cautious", RuntimeError)]
+)
+@pytest.mark.parametrize("where", MODULE_HOOKS)
+def test_after_an_exception_in_the_module_or_its_data(
+    where: str, apply: str, error: type[BaseException], tmp_path: Path
+) -> None:
+    """The second time it is called, if there is one; nothing is left behind, and every checkpoint is whole."""
+
+    class Loaded(Kept):
+        def train_dataloader(self) -> Any:
+            return batches(4)
+
+        def val_dataloader(self) -> Any:
+            return batches(1)
+
+    model = Loaded(adamw, SCHEDULERS["LambdaLR"], grouped=own_groups)
+    function, calls = getattr(model, where), [0]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == (1 if where in ONCE else 2):
+            raise error("stopped")
+        return function(*args, **kwargs)
 
     setattr(model, where, fail)
+    mine = [*ours()[1:], WeightDecay(0.3, apply=apply, summary=False)]
+    saving = [ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1), OnExceptionCheckpoint(tmp_path, "cut")]
+    trainer = make_trainer([*mine, *saving], max_epochs=2, enable_checkpointing=True, gradient_clip_val=1.0)
     with pytest.raises((error, SystemExit)):
-        make_trainer(ours(), num_sanity_val_steps=0).fit(model, batches(4), batches(1))
-    assert layout(model.kept, model) == model.at_first
+        trainer.fit(model)
+    assert all(callback._fit is None for callback in mine)
+    files = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
+    assert files or where in ONCE
+    for state in [state for file in files for state in file["optimizer_states"]]:
+        assert [group["weight_decay"] for group in state["param_groups"]] == [0.7, 0.1]
+    if hasattr(model, "kept"):
+        left = [{**group, "lr": group["initial_lr"]} for group in layout(model.kept, model)]
+        assert left == model.at_first
+        assert not model.kept._optimizer_step_pre_hooks
+        assert not model.kept._optimizer_step_post_hooks
 
 
 def test_a_failed_step_in_the_middle_of_an_epoch_keeps_the_state() -> None:

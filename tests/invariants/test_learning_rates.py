@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
@@ -219,6 +220,62 @@ def test_first_fit_and_resume(make: Any, grouped: Any, optimizer: str, tmp_path:
         trainer.save_checkpoint(path)
         after, _ = fit(make, grouped, optimizer, second, epochs=2, ckpt_path=path)
         assert before + after == expected
+
+
+FROM_TRANSFORMERS: dict[str, Callable[[Optimizer], Any]] = {
+    "constant": lambda o: transformers.get_constant_schedule_with_warmup(o, 4),
+    "linear": lambda o: transformers.get_linear_schedule_with_warmup(o, 4, 20),
+    "cosine": lambda o: transformers.get_cosine_schedule_with_warmup(o, 4, 20),
+    "restarts": lambda o: transformers.get_cosine_with_hard_restarts_schedule_with_warmup(o, 4, 20, 3),
+    "polynomial": lambda o: transformers.get_polynomial_decay_schedule_with_warmup(o, 4, 20),
+    "root": lambda o: transformers.get_inverse_sqrt_schedule(o, 4),
+    "stable": lambda o: transformers.get_wsd_schedule(o, 3, 5, num_training_steps=20),
+}
+
+
+@pytest.mark.parametrize("name", FROM_TRANSFORMERS)
+def test_schedules_of_transformers(name: str, tmp_path: Path) -> None:
+    test_first_fit_and_resume(FROM_TRANSFORMERS[name], halves, "AdamW", tmp_path)
+
+
+@pytest.mark.parametrize(("interval", "frequency"), [("epoch", 1), ("epoch", 2), ("step", 2)])
+@pytest.mark.parametrize("name", ["CosineAnnealingWarmRestarts", "CyclicLR", "ReduceLROnPlateau", "SequentialLR"])
+def test_intervals_and_frequencies(name: str, interval: str, frequency: int) -> None:
+    class Sometimes(Scheduled):
+        def configure_optimizers(self) -> Any:
+            configured = super().configure_optimizers()
+            configured["lr_scheduler"].update(interval=interval, frequency=frequency, monitor="mean")
+            return configured
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log("mean", 1.0, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    def run(callbacks: list[pl.Callback]) -> list[Row]:
+        torch.manual_seed(0)
+        recorder = Recorder()
+        model = Sometimes(MAKERS["SGD"], SCALAR[name], grouped=halves)
+        trainer = make_trainer([recorder, *callbacks], max_epochs=8, accumulate_grad_batches=2)
+        trainer.fit(model, batches(5))
+        return recorder.rows
+
+    expected = run([])
+    assert run(ours()) == expected
+    assert len({row["head.weight"] for row in expected}) > 1, "the scheduler was to change something"
+
+
+@pytest.mark.parametrize("name", ["ReduceLROnPlateau", "ExponentialLR", "SequentialLR", "OneCycleLR"])
+def test_a_rate_that_is_a_tensor(name: str) -> None:
+    def run(callbacks: list[pl.Callback]) -> list[Row]:
+        torch.manual_seed(0)
+        recorder = Recorder()
+        model = Scheduled(lambda params: torch.optim.AdamW(params, lr=torch.tensor(0.02)), SCALAR[name])
+        make_trainer([recorder, *callbacks], max_epochs=2).fit(model, batches(STEPS // 2))
+        return recorder.rows
+
+    expected = run([])
+    assert run(ours()) == expected
+    assert len({row["head.weight"] for row in expected}) > 1, "the scheduler was to change something"
 
 
 def test_every_scheduler_of_torch_is_in_the_table() -> None:

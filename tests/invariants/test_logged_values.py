@@ -1,5 +1,6 @@
 """What is logged for a step is what that step used: lambda, penalty and the norms of the forward pass."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_l2 import L2NormMonitor, L2Penalty, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import DECAYED, EXEMPT, DecayWatch, Net, Shrinking, data, make_trainer
+from tests.helpers import DECAYED, EXEMPT, DecayWatch, Net, Shrinking, ValidatedNet, data, make_trainer
 
 
 class Rows(Logger):
@@ -230,6 +231,34 @@ def test_lightnings_own_lr_monitor_shows_the_lambda_of_the_step(where: str, inte
     assert {key for key in rows.logged() if key.startswith("lr-")} == {
         f"lr-SGD/{group}{suffix}" for group in ("decay", "no_decay") for suffix in ("", "-weight_decay")
     }
+
+
+def test_lightnings_own_lr_monitor_shows_the_momentum_of_the_step() -> None:
+    """One cycle moves learning rate and momentum together; in every order of the callbacks."""
+    seen: list[tuple[float, float]] = []
+
+    class Cycled(ValidatedNet):
+        def configure_optimizers(self) -> Any:
+            configured = super().configure_optimizers()
+            note = lambda o, *_: seen.append((o.param_groups[0]["lr"], o.param_groups[0]["momentum"]))  # noqa: E731
+            configured["optimizer"].register_step_post_hook(note)
+            return configured
+
+    for order in itertools.permutations(range(3)):
+        seen.clear()
+        rows = Rows()
+        monitor = LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+        callbacks = [monitor, *ours()[:2]]
+        model = Cycled(
+            lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+            lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=12),
+        )
+        trainer = make_trainer([callbacks[i] for i in order], logger=rows, log_every_n_steps=1, max_epochs=2)
+        trainer.fit(model, data(samples=20))
+        for group in ("decay", "no_decay"):
+            assert_rows(rows.of(f"lr-SGD/{group}"), {step: lr for step, (lr, _) in enumerate(seen)})
+            assert_rows(rows.of(f"lr-SGD/{group}-momentum"), {step: value for step, (_, value) in enumerate(seen)})
+        assert len(set(seen)) == 10
 
 
 def test_rows_reach_a_csv_file(tmp_path: Path) -> None:

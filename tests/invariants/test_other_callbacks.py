@@ -14,16 +14,19 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
 )
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_l2 import L2NormMonitor, WeightDecay, WeightDecayScheduler
+from lightning_l2 import L2NormMonitor, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
 from tests.helpers import (
     DECAYED,
@@ -40,6 +43,17 @@ from tests.helpers import (
 )
 
 POSITIONS = pytest.mark.parametrize("position", ["before", "after"])
+
+
+class Rows(DummyLogger):
+    """What callbacks of ours and others logged, by step and key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[int, str], float] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # type: ignore[override]
+        self.seen.update({(step, key): float(value) for key, value in metrics.items() if key != "epoch"})
 
 
 def ours(decay: float = 0.3) -> list[pl.Callback]:
@@ -75,6 +89,54 @@ def pair(callback: Any, position: str, **options: Any) -> tuple[dict[str, torch.
 def test_stochastic_weight_averaging(position: str) -> None:
     swa = partial(StochasticWeightAveraging, swa_lrs=0.005, swa_epoch_start=1, annealing_epochs=2)
     assert_same_weights(*pair(swa, position))
+
+
+@POSITIONS
+def test_stochastic_weight_averaging_with_a_rate_for_each_group(position: str, tmp_path: Path) -> None:
+    """The user has two groups and two rates; resumed in each epoch, in the same order and in the other."""
+
+    def halves(module: nn.Module) -> list[dict[str, Any]]:
+        return [
+            {"params": list(part.parameters()), "lr": lr} for part, lr in ((module.body, 0.01), (module.head, 0.03))
+        ]
+
+    def quarters(module: nn.Module) -> list[dict[str, Any]]:
+        named = dict(module.named_parameters())
+        return [
+            {"params": [named["body.0.weight"]], "lr": 0.01, "weight_decay": 0.3},
+            {"params": [p for n, p in named.items() if "body" in n and n in EXEMPT], "lr": 0.01, "weight_decay": 0.0},
+            {"params": [named["head.weight"]], "lr": 0.03, "weight_decay": 0.3},
+            {"params": [named["head.bias"]], "lr": 0.03, "weight_decay": 0.0},
+        ]
+
+    def run(mine: list[pl.Callback], rates: list[float], grouped: Any, ckpt: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        swa = StochasticWeightAveraging(list(rates), swa_epoch_start=1, annealing_epochs=3)
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1) if mine and ckpt is None else []
+        callbacks = [*beside(swa, mine, position), *([saving] if saving else [])]
+        trainer = make_trainer(callbacks, max_epochs=4, enable_checkpointing=bool(saving))
+        trainer.fit(Net(adamw, grouped=grouped), batches(3), ckpt_path=ckpt)
+        return weights(trainer.lightning_module)
+
+    expected = run([], [0.005, 0.005, 0.002, 0.002], quarters)
+    assert_same_weights(run(ours(), [0.005, 0.002], halves), expected)
+    for epoch in range(3):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        assert_same_weights(run(ours(), [0.005, 0.002], halves, path), expected)
+        assert_same_weights(run(ours()[::-1], [0.005, 0.002], halves, path), expected)
+
+
+def test_the_epoch_that_averaging_adds_for_batch_norm_is_no_training() -> None:
+    class WithBatchNorm(Shrinking):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3).double()
+
+    for interval, expected in (("step", np.arange(12) / 11), ("epoch", np.repeat([0.0, 0.5, 1.0], 4))):
+        model = WithBatchNorm()
+        averaging = StochasticWeightAveraging(0.1, swa_epoch_start=2)
+        make_trainer([averaging, *scheduled(interval=interval)], max_epochs=3).fit(model, batches(4))
+        np.testing.assert_allclose(model.watches[0].of("head.weight")[:12], 0.3 * expected, atol=1e-9)
 
 
 @POSITIONS
@@ -248,6 +310,61 @@ def test_learning_rate_finder(position: str, tmp_path: Path) -> None:
     assert set(model.watches[0].of("head.bias")[-10:]) == {0.0}
 
 
+class FineTuneRate(LearningRateFinder):
+    """As Lightning's documentation shows it: the rate is sought again in the middle of a fit."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch in (0, 2):
+            self.lr_find(trainer, pl_module)
+
+
+class FineTuneSize(BatchSizeFinder):
+    """The same of the batch size."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch in (0, 2):
+            self.scale_batch_size(trainer, pl_module)
+
+
+@pytest.mark.parametrize("apply", ["optimizer", "decoupled"])
+@pytest.mark.parametrize("kind", ["rate", "size"])
+def test_finders_in_the_middle_of_a_fit(kind: str, apply: str, tmp_path: Path) -> None:
+    """They save, train a little without other callbacks, and restore."""
+
+    class Tuned(ValidatedNet):
+        lr, batch_size = 0.02, 4
+
+        def configure_optimizers(self) -> Any:
+            groups = self.grouped(self) if self.grouped else self.parameters()
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)]
+
+        def train_dataloader(self) -> Any:
+            return data(batch_size=self.batch_size)
+
+        val_dataloader = train_dataloader
+
+    def run(mine: list[pl.Callback], grouped: Any = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        finders: dict[str, Any] = {
+            "rate": lambda: FineTuneRate(min_lr=1e-4, max_lr=0.5, num_training_steps=8),
+            "size": lambda: FineTuneSize(steps_per_trial=2, max_trials=2, init_val=4),
+        }
+        model = Tuned(grouped=grouped)
+        trainer = make_trainer([*mine, finders[kind]()], max_epochs=4, default_root_dir=tmp_path)
+        trainer.fit(model)
+        return weights(model)
+
+    mine = [WeightDecay(0.3, apply=apply, summary=False), L2NormMonitor(every_n_steps=1), NormConstraint(50.0)]
+    assert_same_weights(run(mine), run([], hand_grouped(0.3)))
+
+
 @POSITIONS
 def test_batch_size_finder(position: str, tmp_path: Path) -> None:
     class Sized(Shrinking):
@@ -313,3 +430,31 @@ def test_a_module_may_bring_the_callbacks() -> None:
     model = Brings()
     make_trainer().fit(model, batches(10))
     np.testing.assert_allclose(model.watches[0].of("head.weight"), 0.3 * np.arange(10) / 9, atol=1e-10)
+
+
+def test_the_order_of_the_callbacks_changes_nothing() -> None:
+    def everybody() -> list[pl.Callback]:
+        return [
+            *scheduled(),
+            NormConstraint(0.9),
+            LearningRateMonitor(log_weight_decay=True),
+            EMAWeightAveraging(decay=0.9),
+            GradientAccumulationScheduler({0: 1, 1: 2}),
+        ]
+
+    def run(order: list[int]) -> tuple[dict[str, torch.Tensor], dict[tuple[int, str], float]]:
+        torch.manual_seed(0)
+        rows = Rows()
+        callbacks = everybody()
+        trainer = make_trainer([callbacks[i] for i in order], max_epochs=3, logger=rows, log_every_n_steps=2)
+        trainer.fit(ValidatedNet(adamw), data(), data(samples=4))
+        return weights(trainer.lightning_module), rows.seen
+
+    count = len(everybody())
+    expected, logged = run(list(range(count)))
+    assert {key for _, key in logged} >= {"l2_norm/total", "weight_decay/decay", "norm_constraint/slack"}
+    for seed in range(6):
+        order = np.random.default_rng(seed).permutation(count).tolist()
+        actual, seen = run(order)
+        assert_same_weights(actual, expected)
+        assert seen == logged, order

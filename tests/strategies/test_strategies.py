@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.strategies import worker
 
 REPOSITORY = Path(__file__).parents[2]
-SECONDS = 120
+SECONDS = 200
 STRATEGIES = ["ddp", "fsdp1", "fsdp2-sharded"]
 # What differs for these is only the optimizer's state and how it is saved
 WITH_CHECKPOINTS = [*STRATEGIES, "fsdp2-full", "zero"]
@@ -31,9 +31,13 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(strategy: str, folder: Path) -> list[dict[str, Any]]:
-    """What each process found; all are ended after `SECONDS`, or when one of them fails."""
-    ranks = range(1 if strategy == "single" else 2)
+def ranks_of(strategy: str) -> range:
+    return range(1 if strategy == "single" else 2)
+
+
+def launch(strategy: str, folder: Path) -> None:
+    """Run the processes; all are ended after `SECONDS`, or when one of them fails."""
+    ranks = ranks_of(strategy)
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -63,6 +67,11 @@ def launch(strategy: str, folder: Path) -> list[dict[str, Any]]:
     for process in processes:
         process.kill()
         process.wait()
+
+
+def results(strategy: str, folder: Path) -> list[dict[str, Any]]:
+    """What each process found."""
+    ranks = ranks_of(strategy)
     for rank in ranks:
         if not (folder / f"{rank}.pt").exists():
             pytest.fail(f"{strategy}, process {rank}: {(folder / f'{rank}.log').read_text()[-3000:]}")
@@ -70,7 +79,7 @@ def launch(strategy: str, folder: Path) -> list[dict[str, Any]]:
 
 
 class Found:
-    """The results of each strategy, launched when a test first asks for them."""
+    """The results of each strategy, launched when a test first asks for them, of any worker of pytest-xdist."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,17 +87,34 @@ class Found:
 
     def __call__(self, strategy: str, scenario: str, rank: int = 0) -> dict[str, Any]:
         if strategy not in self.by_strategy:
-            folder = self.folder / strategy
-            folder.mkdir()
-            self.by_strategy[strategy] = launch(strategy, folder)
+            self.by_strategy[strategy] = self.launched(strategy, self.folder / strategy)
         found = self.by_strategy[strategy][rank][scenario]
         assert "error" not in found, f"{strategy}, {scenario}: {found['error']}"
         return found
 
+    @staticmethod
+    def launched(strategy: str, folder: Path) -> list[dict[str, Any]]:
+        done = folder / "done"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            end = time.monotonic() + SECONDS
+            while not done.exists() and time.monotonic() < end:
+                time.sleep(0.1)
+            return results(strategy, folder)
+        try:
+            launch(strategy, folder)
+        finally:
+            done.touch()
+        return results(strategy, folder)
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return Found(tmp_path_factory.mktemp("strategies"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "strategies"
+    folder.mkdir(exist_ok=True)
+    return Found(folder)
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> None:
@@ -138,6 +164,31 @@ def test_schedules_count_steps_not_batches(strategy: str, found: Found) -> None:
 def test_checkpoints_with_and_without_the_plugin(strategy: str, first: str, second: str, found: Found) -> None:
     results = found(strategy, "checkpoints")[f"{first}-{second}"]
     assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("batch", [worker.STEPS_AN_EPOCH + 1, worker.STEPS_AN_EPOCH + 2])
+@pytest.mark.parametrize("strategy", WITH_CHECKPOINTS)
+def test_resume_in_the_middle_of_an_epoch_and_of_a_window(strategy: str, batch: int, found: Found) -> None:
+    results = found(strategy, "middle")[str(batch)]
+    assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("policy", ["config", "checkpoint"])
+def test_lambda_edited_in_an_optimizer_that_holds_another_one(policy: str, found: Found) -> None:
+    results = found("zero", "edited")[policy]
+    assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("kind", ["independent", "cautious", "lagrangian"])
+def test_saving_within_a_step_changes_no_weight(kind: str, found: Found) -> None:
+    results = found("fsdp2-sharded", "saving")[kind]
+    assert_equal(results["actual"], results["expected"])
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_options_of_ddp(option: str, found: Found) -> None:
+    results = found("ddp", "options")
+    assert_equal(results[option], results["plain"])
 
 
 @pytest.mark.parametrize("strategy", WITH_CHECKPOINTS)

@@ -224,14 +224,13 @@ class Runner:
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=self.processes,
-            strategy=strategy_of(self.name),
             callbacks=[*callbacks, *saving, collect],
             max_epochs=epochs,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=bool(saving),
             use_distributed_sampler=False,
-            **{"logger": False, **options},
+            **{"logger": False, "strategy": strategy_of(self.name), **options},
         )
         trainer.fit(model, self.data(), ckpt_path=str(self.folder / f"{resume}.ckpt") if resume else None)
         return collect.last, trainer
@@ -350,6 +349,94 @@ def scenario_constraints(runner: Runner) -> dict[str, Any]:
     return {**each, "lagrangian": lagrangian, "none": runner.fit([], sgd)[0]}
 
 
+class SaveIn(pl.Callback):
+    """Writes a checkpoint in one hook of one batch, counted from the start of training."""
+
+    def __init__(self, hook: str, batch: int, path: Path) -> None:
+        self.batch, self.path = batch, path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self.batch == trainer.fit_loop.epoch_loop.total_batch_idx:
+            self.batch = -1
+            trainer.save_checkpoint(self.path)
+
+
+def scenario_middle(runner: Runner) -> dict[str, Any]:
+    """Resume in the middle of an epoch and of an accumulation window, beside the expert who does the same."""
+    steps = STEPS_AN_EPOCH // 2 * EPOCHS
+
+    def expert(name: str, step: int) -> float:
+        return 0.3 * step / (steps - 1) if name in DECAYED else 0.0
+
+    def ours() -> list[pl.Callback]:
+        return [decay(), WeightDecayScheduler(LinearSchedule(start=0.0, end=1.0))]
+
+    found = {}
+    for batch in (STEPS_AN_EPOCH + 1, STEPS_AN_EPOCH + 2):
+        paths = [runner.folder / f"{batch}-{kind}.ckpt" for kind in ("ours", "expert")]
+        options: dict[str, Any] = {"accumulate_grad_batches": 2}
+        runner.fit([*ours(), SaveIn("on_train_batch_end", batch, paths[0])], **options)
+        runner.fit([Expert(expert), SaveIn("on_train_batch_end", batch, paths[1])], by_hand=True, **options)
+        actual, _ = runner.fit(ours(), resume=paths[0].stem, **options)
+        expected, _ = runner.fit([Expert(expert)], by_hand=True, resume=paths[1].stem, **options)
+        found[str(batch)] = {"actual": actual, "expected": expected}
+    return found
+
+
+def scenario_edited(runner: Runner) -> dict[str, Any]:
+    """lambda edited in the optimizer between two epochs: whose holds, beside the expert who changes it."""
+
+    def edited(weight_decay: float) -> MakeOptimizer:
+        def make(params: Any) -> Optimizer:
+            optimizer = runner.adamw(params)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = weight_decay
+            return optimizer
+
+        return make
+
+    def holding(last: float) -> Callable[[str, int], float]:
+        return lambda name, step: (0.1, last)[step // STEPS_AN_EPOCH] if name in DECAYED else 0.0
+
+    runner.fit([WeightDecay(summary=False)], edited(0.1), epochs=1, save="held")
+    found = {}
+    for policy, last in (("config", 0.4), ("checkpoint", 0.1)):
+        actual, _ = runner.fit([WeightDecay(summary=False, on_resume=policy)], edited(0.4), resume="held")
+        found[policy] = {"actual": actual, "expected": runner.fit([Expert(holding(last))], by_hand=True)[0]}
+    return found
+
+
+def scenario_saving(runner: Runner) -> dict[str, Any]:
+    """Save while no gradients are there: torch.distributed then steps an optimizer without state by itself."""
+    kinds: dict[str, Callable[[], pl.Callback]] = {
+        "independent": lambda: WeightDecay(0.05, apply="independent", summary=False),
+        "cautious": lambda: WeightDecay(0.05, apply="cautious", summary=False),
+        "lagrangian": lambda: NormConstraint(0.5, method="lagrangian"),
+    }
+    found = {}
+    for kind, make in kinds.items():
+        save = SaveIn("on_before_backward", 2, runner.folder / f"{kind}.ckpt")
+        found[kind] = {"actual": runner.fit([make(), save], sgd)[0], "expected": runner.fit([make()], sgd)[0]}
+    return found
+
+
+def scenario_options(runner: Runner) -> dict[str, Any]:
+    """What DistributedDataParallel can be told; all with the penalty, which writes to gradients, and clipping."""
+    options: list[dict[str, bool]] = [
+        {},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+    ]
+    found = {}
+    for option in options:
+        strategy = DDPStrategy(process_group_backend="gloo", **option)
+        mine = [WeightDecay(0.3, apply="coupled", before_clipping=True, summary=False), L2NormMonitor(every_n_steps=1)]
+        found[next(iter(option), "plain")] = runner.fit(mine, strategy=strategy, gradient_clip_val=0.05)[0]
+    return found
+
+
 def scenario_layout(runner: Runner) -> dict[str, Any]:
     """The groups after fit, without and with the callbacks; parameters as their number."""
 
@@ -360,17 +447,19 @@ def scenario_layout(runner: Runner) -> dict[str, Any]:
 
 
 SCENARIOS = {name.removeprefix("scenario_"): f for name, f in dict(globals()).items() if name.startswith("scenario_")}
-OF_CHECKPOINTS = {"rules_and_schedule", "resume_with_a_schedule", "on_resume", "checkpoints", "layout"}
+OF_CHECKPOINTS = {"rules_and_schedule", "resume_with_a_schedule", "on_resume", "checkpoints", "middle", "layout"}
 OF_DEEPSPEED = {"rules_and_schedule", "resume_with_a_schedule", "monitor", "collectives", "accumulation", "on_resume"}
+# What only one strategy can do or get wrong
+OF_ONE = {"saving": "fsdp2-sharded", "options": "ddp", "edited": "zero"}
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """All scenarios, each with the error it ended with instead of results."""
-    chosen = SCENARIOS
+    chosen = {k: f for k, f in SCENARIOS.items() if OF_ONE.get(k, name) == name}
     if name in ("zero", "fsdp2-full"):
-        chosen = {k: f for k, f in SCENARIOS.items() if k in OF_CHECKPOINTS}
+        chosen = {k: f for k, f in chosen.items() if k in OF_CHECKPOINTS or k in OF_ONE}
     elif name.startswith("deepspeed"):
-        chosen = {k: f for k, f in SCENARIOS.items() if k in OF_DEEPSPEED}
+        chosen = {k: f for k, f in chosen.items() if k in OF_DEEPSPEED}
     found: dict[str, Any] = {}
     for scenario, function in chosen.items():
         try:

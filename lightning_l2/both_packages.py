@@ -1,0 +1,52 @@
+"""Make the callbacks at home in `pytorch_lightning` too, which this package never imports itself.
+
+A Trainer and a CLI of `pytorch_lightning` ask for callbacks that derive from its own base class. Which of the two
+packages a program imports first must not matter: sorted imports put `lightning_l2` before `pytorch_lightning`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+OTHER = "pytorch_lightning"
+
+
+def derive_from_both(callback: type) -> None:
+    """Add the base class of the other package to `callback` and all that derive from it, now or once it is imported."""
+    if OTHER in sys.modules:
+        callback.__bases__ = (*callback.__bases__, sys.modules[OTHER].Callback)
+    else:
+        sys.meta_path.insert(0, _OnImport(callback))
+
+
+class _OnImport(MetaPathFinder):
+    def __init__(self, callback: type) -> None:
+        self._callback = callback
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find the other package as if this finder weren't there, and act when its import is done."""
+        if fullname != OTHER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(OTHER)
+        if spec is None or spec.loader is None:
+            sys.meta_path.insert(0, self)
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_derive(module: ModuleType) -> None:
+            execute(module)
+            derive_from_both(self._callback)
+
+        spec.loader.exec_module = execute_and_derive  # type: ignore[method-assign]
+        return spec
