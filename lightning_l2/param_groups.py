@@ -12,29 +12,19 @@ The keys that a group carries are what all callbacks share:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_l2.lr_schedulers import PerGroupValues, select_per_group
+from lightning_l2.sibling_groups import OWN_KEYS, SharedOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
-
-# A tensor and how often it was changed in place.
-Mark: TypeAlias = tuple[int, int]
-
-# What a child has of its own; all other options are shared with its parent.
-OWN_KEYS = frozenset(
-    (
-        *("name", "weight_decay", "initial_weight_decay", "weight_decay_multiplier", "rule"),
-        *("decoupled_weight_decay", "param_names", "params"),
-    )
-)
 
 
 def weight_decay_in_force(group: Mapping[str, Any]) -> float:
@@ -100,14 +90,13 @@ class GroupKey:
 class _Parent:
     """A group as the user made it: its keys, its own values of what children have of theirs, what these are called.
 
-    `shared` holds what all children had in common when they were aligned last, `marks` which tensors they had then.
+    `options` holds what all children had in common when they were aligned last.
     """
 
     keys: tuple[str, ...]
     own: dict[str, Any]
     names: list[str]
-    shared: dict[str, Any]
-    marks: dict[str, list[Mark]] = field(default_factory=dict)
+    options: SharedOptions
 
     @property
     def children(self) -> int:
@@ -131,8 +120,7 @@ class GroupSplit:
     >>> split = GroupSplit(optimizer, lambda: [])
     >>> decay, no_decay = GroupKey("decay", 0.5), GroupKey("no_decay", 0.0)
     >>> _ = split.split_new(lambda parameter, group: decay if parameter.ndim > 1 else no_decay)
-    >>> name_groups([split])
-    >>> [(group["name"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+    >>> [(group["rule"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
     [('decay', 0.5, 1), ('no_decay', 0.0, 1)]
     >>> split.merge()
     >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
@@ -192,9 +180,8 @@ class GroupSplit:
         self._select_in_schedulers([index for index, size in enumerate(sizes) for _ in range(size)])
         children: list[dict[str, Any]] = []
         for group, family in zip(new, families, strict=True):
-            shared = {k: v for k, v in group.items() if k not in OWN_KEYS and not isinstance(v, torch.Tensor)}
             names = [key.group or key.rule for key in family]
-            self._parents.append(_Parent(tuple(group), _own_values(group), names, shared))
+            self._parents.append(_Parent(tuple(group), _own_values(group), names, SharedOptions(group)))
             children += [_child(group, key, indices, number) for number, (key, indices) in enumerate(family.items())]
         self.optimizer.param_groups[known:] = children
         self.align()
@@ -206,7 +193,7 @@ class GroupSplit:
         for parent in self._parents:
             siblings = [next(groups) for _ in range(parent.children)]
             if len(siblings) > 1:
-                _align(siblings, parent)
+                parent.options.align(siblings)
 
     def merge(self) -> None:
         """Present the user's own layout until `restore`; a second call changes nothing."""
@@ -264,42 +251,6 @@ def _child(group: dict[str, Any], key: GroupKey, indices: Sequence[int], number:
     return child
 
 
-def _align(siblings: Sequence[dict[str, Any]], parent: _Parent) -> None:
-    first, *others = siblings
-    shared, marks = parent.shared, parent.marks
-    for key in first.keys() - shared.keys() - marks.keys() - OWN_KEYS:
-        if isinstance(first[key], torch.Tensor):
-            marks[key] = _marks([sibling[key] for sibling in siblings])
-        else:
-            shared[key] = first[key]
-    for key in marks:
-        marks[key] = _align_tensors([sibling[key] for sibling in siblings], marks[key])
-    values = [first.get(key) for key in shared]
-    if all([other.get(key) for key in shared] == values for other in others):
-        shared.update(zip(shared, values, strict=True))  # as nearly always: nobody has written, or to all of them
-        return
-    for key, before in shared.items():
-        changed = [value for sibling in siblings if (value := sibling.get(key, before)) != before]
-        if changed and all(value == changed[0] for value in changed):
-            shared[key] = changed[0]
-            for sibling in siblings:
-                sibling[key] = changed[0]
-
-
-def _align_tensors(tensors: Sequence[Tensor], before: Collection[Mark]) -> list[Mark]:
-    """Do the same for values that are changed in place; to compare what they hold would wait for their device."""
-    changed = [tensor for tensor, mark in zip(tensors, _marks(tensors), strict=True) if mark not in before]
-    if len(changed) == 1:
-        for tensor in tensors:
-            if tensor is not changed[0]:
-                tensor.copy_(changed[0])
-    return _marks(tensors)
-
-
-def _marks(tensors: Iterable[Tensor]) -> list[Mark]:
-    return [(id(tensor), tensor._version) for tensor in tensors]
-
-
 def _own_values(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the user's own values of the keys that callbacks write, as they were before any of them."""
     own = {key: value for key, value in group.items() if key in OWN_KEYS}
@@ -312,74 +263,3 @@ def _own_values(group: Mapping[str, Any]) -> dict[str, Any]:
 def _merged(child: Mapping[str, Any], parent: _Parent) -> dict[str, Any]:
     values = {key: value for key, value in child.items() if key not in OWN_KEYS} | parent.own
     return {key: values[key] for key in (*parent.keys, *values) if key in values}
-
-
-def name_groups(splits: Sequence[GroupSplit]) -> None:
-    """Name every group that has no name yet by its key, prefixed where that is not unique among all optimizers.
-
-    Args:
-        splits: The splits of all optimizers of a module, in order.
-    """
-    owners, groups, taken = [], [], set()
-    for number, split in enumerate(splits):
-        for index, group in enumerate(split.groups):
-            if "name" in group:
-                taken.add(group["name"])
-            else:
-                owners.append((number, *split.origin(index)))
-                groups.append(group)
-    for group, name in zip(groups, unique_names(owners, taken), strict=True):
-        group["name"] = name
-
-
-def unique_names(owners: Sequence[tuple[int, int, str | None, str]], taken: Iterable[str] = ()) -> list[str]:
-    """Return a name for each new group: what it is called, prefixed only where that is not unique.
-
-    Args:
-        owners: For each group the index of its optimizer, the index of its parent group, the parent's own name if it
-            has one, and what it is called.
-        taken: Names that are in use already.
-
-    >>> unique_names([(0, 0, None, "decay"), (0, 0, None, "no_decay")])
-    ['decay', 'no_decay']
-    >>> unique_names([(0, 0, "backbone", "decay"), (0, 1, "head", "decay"), (0, 1, "head", "no_decay")])
-    ['backbone/decay', 'head/decay', 'no_decay']
-    >>> unique_names([(0, 0, None, "decay"), (1, 0, None, "decay")])
-    ['optimizer0/decay', 'optimizer1/decay']
-    """
-    taken = set(taken)
-    names: dict[int, str] = {}
-    of_name: dict[str, list[int]] = {}
-    for index, owner in enumerate(owners):
-        of_name.setdefault(owner[3], []).append(index)
-    for holders in of_name.values():
-        several = len({owners[index][0] for index in holders}) > 1
-        parents = {owners[index][:2] for index in holders}
-        for scheme in _NAME_SCHEMES if several else _NAME_SCHEMES_OF_ONE:
-            proposed = [name for index in holders if (name := scheme(*owners[index]))]
-            if len(proposed) == len(holders) and len(set(proposed)) == len(parents) and not taken & set(proposed):
-                break
-        proposed = _numbered(proposed)
-        names.update(zip(holders, proposed, strict=True))
-        taken.update(proposed)
-    return [names[index] for index in range(len(owners))]
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    """Tell apart what one rule made of one parent: a checkpoint's lambda may differ where the rule's doesn't."""
-    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
-    return [name if count == 1 else f"part{count}/{name}" for name, count in zip(names, counts, strict=True)]
-
-
-_NameScheme = Callable[[int, int, str | None, str], str | None]
-_NAME_SCHEMES_OF_ONE: tuple[_NameScheme, ...] = (
-    lambda optimizer, parent, own, name: name,
-    lambda optimizer, parent, own, name: own and f"{own}/{name}",
-    lambda optimizer, parent, own, name: f"{own or f'group{parent}'}/{name}",
-    lambda optimizer, parent, own, name: f"optimizer{optimizer}/{own or f'group{parent}'}/{name}",
-)
-_NAME_SCHEMES: tuple[_NameScheme, ...] = (
-    *_NAME_SCHEMES_OF_ONE[:2],
-    lambda optimizer, parent, own, name: f"optimizer{optimizer}/{name}",
-    *_NAME_SCHEMES_OF_ONE[2:],
-)

@@ -127,6 +127,15 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
     return infos
 
 
+def is_undecided(model: nn.Module) -> bool:
+    """Return whether a model has lazy parameters, on which no rule can decide before the first forward pass.
+
+    >>> is_undecided(nn.LazyLinear(1)), is_undecided(nn.Linear(1, 1))
+    (True, False)
+    """
+    return any(map(is_lazy, model.parameters()))
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 

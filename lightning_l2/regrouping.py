@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.param_groups import GroupKey, GroupSplit, base_weight_decay, name_groups
+from lightning_l2.group_names import name_groups
+from lightning_l2.param_groups import GroupKey, GroupSplit, base_weight_decay
 from lightning_l2.rules import rules_by_parameter
 from lightning_l2.summary import GroupSummary, summarize
 

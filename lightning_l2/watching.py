@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from torch.nn.parameter import is_lazy
 
-from lightning_l2.parameters import clean_name, describe_parameters
+from lightning_l2.parameters import clean_name, describe_parameters, is_undecided
 from lightning_l2.sharding import flat_shards, group_members, process_groups
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def watch(
 
 
 def _before_norm(model: nn.Module, root: nn.Module | None) -> set[int]:
-    if any(map(is_lazy, model.parameters())):
+    if is_undecided(model):
         return set()
     infos = describe_parameters(model, root)
     return {id(info.parameter) for info in infos if not info.exempt and any(place.before_norm for place in info.places)}

@@ -63,7 +63,8 @@ def test_only_the_last_block_knows_lightning(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("callbacks/")])
 def test_callbacks_do_not_know_each_other(module: str) -> None:
     siblings = {name for name in imports(modules()[module]) if name.startswith("lightning_l2.callbacks.")} - {
-        "lightning_l2.callbacks.trainer_access"
+        "lightning_l2.callbacks.trainer_access",
+        "lightning_l2.callbacks.training_length",
     }
     assert not siblings
 

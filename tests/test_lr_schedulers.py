@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from lightning_l2.param_groups import GroupKey, GroupSplit, name_groups
+from lightning_l2.group_names import name_groups
+from lightning_l2.param_groups import GroupKey, GroupSplit
 
 STEPS = 12
 ONE_GROUP = {

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_l2.group_names import name_groups, unique_names
 from lightning_l2.param_groups import (
     GroupKey,
     GroupSplit,
     base_weight_decay,
     multiply_weight_decay,
-    name_groups,
-    unique_names,
     weight_decay_in_force,
     without_multiplier,
 )

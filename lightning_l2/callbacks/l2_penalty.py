@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.nn.parameter import is_lazy
 
 from lightning_l2.callbacks.trainer_access import (
     Callback,
@@ -19,10 +18,11 @@ from lightning_l2.callbacks.trainer_access import (
     is_logging_step,
     log_metrics,
     splits_early,
-    training_setup,
     unscales_in_step,
 )
+from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
+from lightning_l2.parameters import is_undecided
 from lightning_l2.penalty import L2Objective, Penalised
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter
 from lightning_l2.sharding import flat_shards
@@ -109,13 +109,13 @@ class L2Penalty(Callback):
                 "L2Penalty(log_objective=True) needs automatic optimization, where a step has one loss. "
                 "Set log_objective=False; `l2_penalty/loss` is logged anyway."
             )
-        if not _is_undecided(pl_module):
+        if not is_undecided(pl_module):
             assign_rules(pl_module, self.rules, trainer.model)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide on every parameter; lazy ones have to wait for their shape."""
         self._fit = _Fit(L2Objective(bare_optimizers(trainer), follow_schedule=self.follow_schedule))
-        if not _is_undecided(pl_module):
+        if not is_undecided(pl_module):
             self._decide(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -125,7 +125,7 @@ class L2Penalty(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Decide on lazy parameters, which have a shape after the first forward pass."""
-        if not self._fit.is_decided and not _is_undecided(pl_module):
+        if not self._fit.is_decided and not is_undecided(pl_module):
             self._decide_late(trainer, pl_module)
 
     def on_before_optimizer_step(
@@ -227,7 +227,3 @@ def _warn_of_double_decay(names: list[str]) -> None:
 
 def _count(trainer: Any) -> int:
     return sum(isinstance(callback, L2Penalty) for callback in trainer.callbacks)
-
-
-def _is_undecided(module: pl.LightningModule) -> bool:
-    return any(is_lazy(parameter) for parameter in module.parameters())

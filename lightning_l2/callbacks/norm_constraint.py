@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn.parameter import is_lazy
 
 from lightning_l2.bounds import Bound, FixedBound
 from lightning_l2.callbacks.trainer_access import (
@@ -20,6 +19,7 @@ from lightning_l2.callbacks.trainer_access import (
     splits_early,
 )
 from lightning_l2.constraint_hooks import AttachedConstraint
+from lightning_l2.parameters import is_undecided
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter
 from lightning_l2.sharding import flat_shards
 
@@ -145,7 +145,7 @@ class NormConstraint(Callback):
                 "NormConstraint acts after the steps of an optimizer, and `configure_optimizers` returned None. "
                 "Return one, or remove NormConstraint."
             )
-        if not any(is_lazy(parameter) for parameter in pl_module.parameters()):
+        if not is_undecided(pl_module):
             assign_rules(pl_module, self.rules, trainer.model)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -232,7 +232,7 @@ class _Fit:
 
     def names(self) -> Mapping[Tensor, str | None]:
         """Return the name of each constrained parameter, None for each exempt one; nothing while some are lazy."""
-        if any(is_lazy(parameter) for parameter in self.module.parameters()):
+        if is_undecided(self.module):
             return {}
         names: dict[Tensor, str | None] = {}
         for name, parameter, rule in rules_by_parameter(self.module, self.rules, self.outermost):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 
 from lightning_l2.both_packages import derive_from_both
-from lightning_l2.convert import TrainingSetup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -220,108 +218,6 @@ def state_of_training(trainer: Any) -> tuple[list[Any], list[Any], list[Any]]:
 DATA_IN_USE = {"_combined_loader": None, "_data_fetcher": None, "_iterator": None}
 
 
-def steps_per_epoch(trainer: pl.Trainer, epoch: int) -> int | None:
-    """Return the number of optimizer steps in an epoch, or None where the data has no length."""
-    batches = trainer.num_training_batches
-    if math.isinf(batches):
-        return None
-    # DeepSpeed makes no step of a short last window
-    whole = math.floor if trainer.strategy.handles_gradient_accumulation else math.ceil
-    return whole(batches / accumulation(trainer, epoch))
-
-
-def accumulation(trainer: Any, epoch: int) -> int:
-    """Return over how many batches gradients accumulate in an epoch."""
-    for callback in trainer.callbacks:
-        if hasattr(callback, "get_accumulate_grad_batches"):
-            return int(callback.get_accumulate_grad_batches(epoch))
-    return int(trainer.accumulate_grad_batches)
-
-
-def total_steps(trainer: Any) -> int:
-    """Return how many optimizer steps the training has, from its first step on.
-
-    Raises:
-        MisconfigurationException: If the Trainer can't know: endless training, data without a length, or
-            `max_steps` with manual optimization, which counts the steps of every optimizer.
-    """
-    limits: list[int] = []
-    if trainer.max_steps != -1 and not trainer.fast_dev_run:
-        if trainer.lightning_module is not None and not trainer.lightning_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"`max_steps={trainer.max_steps}` counts the steps of every optimizer under manual optimization, "
-                "so the number of batches that step is unknown. Give `total_steps`, the number of training batches."
-            )
-        limits.append(trainer.max_steps)
-    epochs = _max_epochs(trainer)
-    if epochs is not None:
-        steps = [steps_per_epoch(trainer, epoch) for epoch in range(epochs)]
-        if all(step is not None for step in steps):
-            limits.append(sum(step or 0 for step in steps))
-    if not limits:
-        raise MisconfigurationException(
-            f"The length of the training is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-            f"batches per epoch: {trainer.num_training_batches}). Give `total_steps`, or set `max_steps` or "
-            "`max_epochs` on the Trainer and use data with a length."
-        )
-    return min(limits)
-
-
-def total_epochs(trainer: Any) -> int:
-    """Return how many epochs the training has.
-
-    Raises:
-        MisconfigurationException: If the Trainer can't know.
-    """
-    epochs = _max_epochs(trainer)
-    if epochs is not None:
-        return epochs
-    steps = steps_per_epoch(trainer, epoch=0)
-    if trainer.max_steps == -1 or steps is None:
-        raise MisconfigurationException(
-            f"The number of epochs is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). "
-            "Give `total_steps`, in epochs, or set `max_epochs` on the Trainer."
-        )
-    return math.ceil(int(trainer.max_steps) / steps)
-
-
-def _max_epochs(trainer: Any) -> int | None:
-    """Return how many epochs train at most, or None for no limit."""
-    if trainer.max_epochs in (None, -1):
-        return None
-    # StochasticWeightAveraging adds an epoch that only measures what batch normalisation needs
-    measured = any(getattr(callback, "_model_contains_batch_norm", False) for callback in trainer.callbacks)
-    return int(trainer.max_epochs) - measured
-
-
-def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
-    """Return the plain numbers that lambda can follow from, for one parameter group."""
-    lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
-    loader = trainer.train_dataloader
-    batch_size = getattr(loader, "batch_size", None)
-    steps = steps_per_epoch(trainer, epoch=0)
-    return TrainingSetup(
-        lr=lr,
-        steps_per_epoch=steps,
-        epochs=_epochs(trainer, steps),
-        batch_size=batch_size and batch_size * accumulation(trainer, 0) * trainer.world_size,
-        samples=_length(getattr(loader, "dataset", None)),
-    )
-
-
-def _epochs(trainer: Any, steps: int | None) -> float | None:
-    """Return the length of the training in epochs of so many steps, None where it is unknown."""
-    epochs = _max_epochs(trainer)
-    limits: list[float] = [] if epochs is None else [epochs]
-    # under manual optimization `max_steps` counts the steps of every optimizer
-    if trainer.max_steps != -1 and steps and trainer.lightning_module.automatic_optimization:
-        limits.append(trainer.max_steps / steps)
-    return min(limits, default=None)
-
-
-def _length(dataset: Any) -> int | None:
-    try:
-        length: int = len(dataset)
-    except (TypeError, NotImplementedError):
-        return None
-    return length
+def adds_measuring_epoch(trainer: Any) -> bool:
+    """Return whether StochasticWeightAveraging adds an epoch that only measures what batch normalisation needs."""
+    return any(getattr(callback, "_model_contains_batch_norm", False) for callback in trainer.callbacks)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
-from torch.nn.parameter import is_lazy
 
 from lightning_l2.callbacks.trainer_access import (
     Callback,
@@ -19,14 +18,16 @@ from lightning_l2.callbacks.trainer_access import (
     on_optimizers_configured,
     remember_groups_in_finetuning,
     splits_early,
-    training_setup,
     unscales_in_step,
 )
+from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
 from lightning_l2.decay import Apply, attach_decay, check_groups, check_options
 from lightning_l2.decay_hooks import DecayHandle
 from lightning_l2.param_groups import base_weight_decay
+from lightning_l2.parameters import is_undecided
 from lightning_l2.regrouping import Regrouping
+from lightning_l2.resuming import OnResume, Resuming
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
 from lightning_l2.summary import GroupSummary, print_table, table, write_csv
 
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
     from torch.optim import Optimizer
-
-
-# lambda as configured, and in the checkpoint
-Change: TypeAlias = tuple[float, float]
 
 
 class WeightDecay(Callback):
@@ -80,7 +77,7 @@ class WeightDecay(Callback):
         *,
         rules: str | list[DecayRule | str] = "default",
         apply: Apply = "optimizer",
-        on_resume: Literal["config", "checkpoint", "error"] = "config",
+        on_resume: OnResume = "config",
         summary: bool | Literal["parameters"] = True,
         summary_file: str | None = None,
         before_clipping: bool = False,
@@ -91,8 +88,6 @@ class WeightDecay(Callback):
             raise TypeError(f"Expected `weight_decay` to be a number, a Conversion or None, got {weight_decay!r}.")
         if isinstance(weight_decay, float | int) and not (0 <= weight_decay < math.inf):
             raise ValueError(f"Expected `weight_decay` to be finite and at least 0, got {weight_decay!r}.")
-        if on_resume not in ("config", "checkpoint", "error"):
-            raise ValueError(f"Expected `on_resume` to be 'config', 'checkpoint' or 'error', got {on_resume!r}.")
         if summary not in (True, False, "parameters"):
             raise ValueError(f"Expected `summary` to be True, False or 'parameters', got {summary!r}.")
         check_options(apply, before_clipping, peak_lr)
@@ -106,10 +101,9 @@ class WeightDecay(Callback):
         self.peak_lr = peak_lr
         self.lr_scheduler_attributes = dict(lr_scheduler_attributes or {})
         self._summary: list[GroupSummary] | None = None
-        # base lambda by parameter name, of this training and of the checkpoint it resumes from
+        self._resuming = Resuming(on_resume)
+        # base lambda by parameter name
         self._weight_decay: dict[str, float] = {}
-        self._restored: dict[str, float] = {}
-        self._configured: list[list[float | None]] = []
 
     def summary(self) -> list[GroupSummary]:
         """Return what was decided in the last fit, one entry a parameter group.
@@ -130,7 +124,7 @@ class WeightDecay(Callback):
             return
         check_alone(trainer, self)
         self._release()
-        self._restored, self._configured = {}, []
+        self._resuming = Resuming(self.on_resume)
         if splits_early(trainer):
             on_optimizers_configured(pl_module, lambda *configured: self._begin_early(trainer, pl_module, *configured))
 
@@ -140,13 +134,13 @@ class WeightDecay(Callback):
             self._check_early()
             return
         optimizers = bare_optimizers(trainer)
-        self._configured = [[group.get("weight_decay") for group in o.param_groups] for o in optimizers]
+        self._resuming.take_down(optimizers)
         if not optimizers:
             raise MisconfigurationException(
                 "WeightDecay needs an optimizer, and `configure_optimizers` returned none. "
                 "Return an optimizer, or remove the callback."
             )
-        if not _is_undecided(pl_module):
+        if not is_undecided(pl_module):
             assign_rules(pl_module, self.rules, trainer.model)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -174,7 +168,7 @@ class WeightDecay(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Split groups of lazy parameters, which have a shape after the first forward pass."""
-        if self._fit.groups is None and not _is_undecided(pl_module):
+        if self._fit.groups is None and not is_undecided(pl_module):
             self._decide_late(trainer, pl_module)
 
     def on_before_optimizer_step(
@@ -209,7 +203,7 @@ class WeightDecay(Callback):
         """
         if self._fit is not None and self._fit.is_given_back:
             self._release()
-        self._restored = dict(state_dict["weight_decay"])
+        self._resuming.restored = dict(state_dict["weight_decay"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
         """Put the groups back, now that the optimizers' states are taken."""
@@ -218,7 +212,7 @@ class WeightDecay(Callback):
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module))
-        if not _is_undecided(pl_module):
+        if not is_undecided(pl_module):
             self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
         # In any case now: what is attached within a step acts from the next one on.
         for optimizer in bare_optimizers(trainer) if self.apply != "optimizer" else ():
@@ -232,19 +226,19 @@ class WeightDecay(Callback):
         optimizers: list[Optimizer],
         schedulers: Callable[[], list[Any]],
     ) -> None:
-        changes: dict[str, Change] = {}
-
         def weight_decay_of(name: str, rule: DecayRule, group: Mapping[str, Any]) -> float:
-            return self._weight_decay_of(trainer, name, rule, group, changes)
+            base: float | Conversion = base_weight_decay(group) if self.weight_decay is None else self.weight_decay
+            base = base(training_setup(trainer, group)) if isinstance(base, Conversion) else base
+            return self._resuming.choose(name, rule.resolve(base))
 
         self._fit.groups = Regrouping(
             pl_module, optimizers, schedulers, self.rules, weight_decay_of, self.lr_scheduler_attributes, trainer.model
         )
-        self._reconfigure(optimizers)
+        self._resuming.undo_restored(optimizers)
         for optimizer in optimizers:
             self._check_takes_decay(optimizer)
         self._split(trainer)
-        self._report(changes)
+        self._tell_differences()
 
     def _decide_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
@@ -272,12 +266,8 @@ class WeightDecay(Callback):
 
     def _reassert(self, trainer: pl.Trainer) -> None:
         """Write lambda again: a strategy that took the optimizer over restores it with the checkpoint's values."""
-        restored = {name: self._restored.get(name, value) for name, value in self._weight_decay.items()}
-        configured = self._weight_decay
-        self._report(
-            {name: (configured[name], restored[name]) for name in restored if configured[name] != restored[name]}
-        )
-        self._weight_decay = restored if self.on_resume == "checkpoint" else configured
+        self._weight_decay = {name: self._resuming.choose(name, value) for name, value in self._weight_decay.items()}
+        self._tell_differences()
         self._summary = [replace(row, weight_decay=self._of_group(row)) for row in self.summary()]
         weight_decay = {row.group: row.weight_decay for row in self._summary}
         for optimizer in bare_optimizers(trainer):
@@ -306,26 +296,6 @@ class WeightDecay(Callback):
             if self.summary_file is not None:
                 write_csv(self.summary_file, self._summary)
 
-    def _weight_decay_of(
-        self, trainer: pl.Trainer, name: str, rule: DecayRule, group: Mapping[str, Any], changes: dict[str, Change]
-    ) -> float:
-        base: float | Conversion = base_weight_decay(group) if self.weight_decay is None else self.weight_decay
-        configured = rule.resolve(base(training_setup(trainer, group)) if isinstance(base, Conversion) else base)
-        restored = self._restored.get(name, configured)
-        if restored != configured:
-            changes[name] = (configured, restored)
-        return restored if self.on_resume == "checkpoint" else configured
-
-    def _reconfigure(self, optimizers: list[Optimizer]) -> None:
-        """Undo that an optimizer's state, when it is restored, brings the weight decay of its time along."""
-        if self.on_resume == "checkpoint" and not self._restored:
-            return  # the checkpoint is one without this callback: what its groups have holds
-        for optimizer, values in zip(optimizers, self._configured, strict=False):
-            if len(values) == len(optimizer.param_groups):
-                for group, value in zip(optimizer.param_groups, values, strict=True):
-                    if value is not None:
-                        group["initial_weight_decay" if "initial_weight_decay" in group else "weight_decay"] = value
-
     def _check_takes_decay(self, optimizer: Optimizer) -> None:
         missing = any("weight_decay" not in group for group in optimizer.param_groups)
         if missing and self.apply == "optimizer":
@@ -338,18 +308,13 @@ class WeightDecay(Callback):
                 f"{type(optimizer).__name__} has no weight decay of its own to keep. Give WeightDecay a `weight_decay`."
             )
 
-    def _report(self, changes: dict[str, Change]) -> None:
+    def _tell_differences(self) -> None:
         """Say or refuse that the configuration differs from the checkpoint."""
-        if not changes:
-            return
-        name, (configured, restored) = next(iter(changes.items()))
-        message = (
-            f"The weight decay of {len(changes)} parameters differs between configuration and checkpoint, for example "
-            f"of {name!r}: {configured:g} is configured, {restored:g} in the checkpoint"
-        )
-        if self.on_resume == "error":
+        message = self._resuming.differences()
+        if message and self.on_resume == "error":
             raise MisconfigurationException(f"{message}. Set on_resume to 'config' or 'checkpoint' to say whose holds.")
-        rank_zero_info(f"{message}. The {self.on_resume}'s holds (on_resume={self.on_resume!r}).")
+        if message:
+            rank_zero_info(f"{message}. The {self.on_resume}'s holds (on_resume={self.on_resume!r}).")
 
     def _release(self) -> None:
         if self._fit is not None:
@@ -390,7 +355,3 @@ class _Fit:
             handle.remove()
         if self.groups is not None and self.is_given_back:
             self.groups.merge()
-
-
-def _is_undecided(module: pl.LightningModule) -> bool:
-    return any(is_lazy(parameter) for parameter in module.parameters())

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
-from torch.nn.parameter import is_lazy
 
 from lightning_l2.callbacks.trainer_access import (
     DATA_IN_USE,
@@ -20,6 +19,7 @@ from lightning_l2.callbacks.trainer_access import (
     state_of_training,
     step_index,
 )
+from lightning_l2.parameters import is_undecided
 from lightning_l2.search.plan import SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.study import run_search
@@ -142,7 +142,7 @@ class WeightDecayFinder(Callback):
                 f"WeightDecayFinder can't put back weights that {names.pop()} shards. "
                 "Use lightning_l2.search_weight_decay, which builds a new Trainer for each trial."
             )
-        if any(is_lazy(parameter) for parameter in pl_module.parameters()):
+        if is_undecided(pl_module):
             raise MisconfigurationException(
                 "WeightDecayFinder can't keep lazy parameters, which have no values yet. "
                 "Run the model once on a batch before the training, or use lightning_l2.search_weight_decay."

@@ -18,10 +18,9 @@ from lightning_l2.callbacks.trainer_access import (
     check_alone,
     optimizer_number,
     step_index,
-    total_epochs,
-    total_steps,
     unscale,
 )
+from lightning_l2.callbacks.training_length import total_epochs, total_steps
 from lightning_l2.param_groups import base_weight_decay, multiply_weight_decay, without_multiplier
 from lightning_l2.schedules import FeedbackSchedule, Schedule
 
