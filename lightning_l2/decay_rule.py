@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
+
+from lightning_l2.arguments import check_types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +83,7 @@ class DecayRule:
                 "Give the absolute value or the one relative to the base, not both."
             )
         self._check_pattern()
+        check_types(type(self), vars(self))
 
     def _check_pattern(self) -> None:
         groups = 0
@@ -127,8 +130,8 @@ class DecayRule:
         """
         check_weight_decay(base, "weight_decay")
         if self.weight_decay is not None:
-            return self.weight_decay
-        return base * (1.0 if self.multiplier is None else self.multiplier)
+            return float(self.weight_decay)
+        return float(base * (1.0 if self.multiplier is None else self.multiplier))
 
     def matches(self, info: ParameterInfo) -> bool:
         """Return whether a parameter meets all conditions, under any one of its names."""
@@ -170,5 +173,5 @@ def check_weight_decay(value: float, what: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}.")
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{what} must be finite and at least 0, got {value!r}.")

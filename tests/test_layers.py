@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_l2"
-TORCH_FREE = {"schedules", "convert"}
+TORCH_FREE = {"arguments", "schedules", "convert"}
 OPTIONAL = {"matplotlib", "optuna", "rich", "jsonargparse", "tensorboard", "yaml", "pandas", "sklearn"}
 LIGHTNING = {"callbacks", "mixin", "__main__", "__init__"}
 

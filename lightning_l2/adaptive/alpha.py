@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_l2.adaptive.groups import HEAD, check_pattern, matches
+from lightning_l2.arguments import check_types
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
 from lightning_l2.schedules.schedule import blend
@@ -74,6 +75,7 @@ class AlphaDecay(FeedbackSchedule):
     exclude: str | None = HEAD
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_pattern(self, "exclude", self.exclude)
         if not (0.0 <= self.s_min <= self.s_max < math.inf):
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
 from lightning_l2.schedules.feedback import read_metric
 from lightning_l2.schedules.schedule import check_multipliers
@@ -56,6 +57,7 @@ class AutoL2Decay(FeedbackSchedule):
     min_multiplier: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not 0.0 < self.factor < 1.0:
             raise ValueError(
                 f"AutoL2Decay needs a `factor` above 0 and below 1, but got {self.factor}. It only ever reduces "

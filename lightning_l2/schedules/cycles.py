@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules.schedule import Schedule, blend, check_multipliers, check_positive, check_progress
 from lightning_l2.schedules.shapes import cosine_weight
 
@@ -46,6 +47,7 @@ class CyclicSchedule(Schedule):
     rise: float = 0.5
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, peak=self.peak)
         check_cycles(self, self.cycles)
         check_rise(self, self.rise)
@@ -90,6 +92,7 @@ class CosineRestartsSchedule(Schedule):
     growth: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, end=self.end)
         check_cycles(self, self.cycles)
         check_positive(self, growth=self.growth)
@@ -147,6 +150,7 @@ class OneCycleSchedule(Schedule):
     rise: float = 0.3
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, peak=self.peak, end=self.end)
         check_rise(self, self.rise)
 
@@ -158,9 +162,9 @@ class OneCycleSchedule(Schedule):
 
 
 def check_cycles(schedule: object, cycles: int) -> None:
-    """Raise a `ValueError` unless the number of cycles is a whole number of at least 1."""
-    if cycles < 1 or cycles != int(cycles):
-        raise ValueError(f"{type(schedule).__name__} needs a whole number of `cycles`, at least 1, but got {cycles}.")
+    """Raise a `ValueError` unless the number of cycles is from 1 to 1000, more than which no training has use for."""
+    if not 1 <= cycles <= 1000:
+        raise ValueError(f"{type(schedule).__name__} needs from 1 to 1000 `cycles`, but got {cycles}.")
 
 
 def check_rise(schedule: object, rise: float) -> None:

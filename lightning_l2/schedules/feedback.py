@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, Protocol, final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules.schedule import check_multipliers, check_positive
 
 
@@ -104,6 +105,7 @@ class PlateauSchedule(FeedbackSchedule):
     max_multiplier: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_choice(self, "mode", self.mode, ("min", "max"))
         check_choice(self, "threshold_mode", self.threshold_mode, ("rel", "abs"))
         check_positive(self, factor=self.factor)
@@ -172,6 +174,7 @@ class LRSchedule(FeedbackSchedule):
     max_lr: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if self.max_lr is not None:
             check_positive(self, max_lr=self.max_lr)
 
