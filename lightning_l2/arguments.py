@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -30,13 +32,14 @@ def check_types(owner: type, arguments: Mapping[str, object]) -> None:
     Traceback (most recent call last):
     TypeError: Ball needs `radius` to be float, but got 'wide' of type str.
     """
-    constructor: Any = owner.__init__  # type: ignore[misc]  # of the class that is asked about
-    for name, hint in get_type_hints(constructor).items():
+    # the fields of a dataclass may come from classes of several modules, which its constructor doesn't know
+    annotated: Any = owner if is_dataclass(owner) else owner.__init__  # type: ignore[misc]  # of that very class
+    for name, hint in get_type_hints(annotated).items():
         if name in arguments and not _fits(arguments[name], hint):
-            wanted, value = constructor.__annotations__[name], arguments[name]
+            wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"\b[a-z]\w*\.", "", str(hint))
             raise TypeError(
-                f"{owner.__name__} needs `{name}` to be {getattr(wanted, '__name__', wanted)}, but got "
-                f"{reprlib.repr(value)} of type {type(value).__name__}."
+                f"{owner.__name__} needs `{name}` to be {wanted}, but got {reprlib.repr(arguments[name])} of type "
+                f"{type(arguments[name]).__name__}."
             )
 
 

@@ -23,6 +23,7 @@ from lightning_l2 import adaptive, bounds, convert, schedules
 from lightning_l2.alarms import NormAlarms
 from lightning_l2.arguments import check_types
 from lightning_l2.search.plan import Range, SearchPlan
+from lightning_l2.search.project import SearchOptions
 
 LINEAR = schedules.LinearSchedule(1.0, 2.0)
 # Everything that a user builds, with the arguments that it can't do without.
@@ -38,6 +39,7 @@ PUBLIC: dict[Any, dict[str, Any]] = {
     NormAlarms: {},
     Range: {"low": 0.1, "high": 1.0},
     SearchPlan: {},
+    SearchOptions: {},
     schedules.ConstantSchedule: {},
     schedules.LinearSchedule: {"start": 1.0, "end": 2.0},
     schedules.CosineSchedule: {"start": 1.0, "end": 2.0},
