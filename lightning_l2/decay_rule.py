@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_l2.arguments import check_types
@@ -50,17 +50,16 @@ class DecayRule:
     """
 
     name: str
-    _: KW_ONLY
-    pattern: str | None = None
-    modules: tuple[str | type, ...] = ()
-    max_ndim: int | None = None
-    weight_decay: float | None = None
-    multiplier: float | None = None
-    default_exemptions: bool = False
-    before_norm: bool = False
-    optional: bool = False
-    per_parameter: bool = False
-    layer_decay: float | None = None
+    pattern: str | None = field(default=None, kw_only=True)
+    modules: tuple[str | type, ...] = field(default=(), kw_only=True)
+    max_ndim: int | None = field(default=None, kw_only=True)
+    weight_decay: float | None = field(default=None, kw_only=True)
+    multiplier: float | None = field(default=None, kw_only=True)
+    default_exemptions: bool = field(default=False, kw_only=True)
+    before_norm: bool = field(default=False, kw_only=True)
+    optional: bool = field(default=False, kw_only=True)
+    per_parameter: bool = field(default=False, kw_only=True)
+    layer_decay: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the values and make `modules` a tuple, since YAML gives lists."""

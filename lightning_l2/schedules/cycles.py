@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import final
 
@@ -42,9 +42,8 @@ class CyclicSchedule(Schedule):
 
     start: float
     peak: float
-    _: KW_ONLY
-    cycles: int = 1
-    rise: float = 0.5
+    cycles: int = field(default=1, kw_only=True)
+    rise: float = field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
@@ -87,9 +86,8 @@ class CosineRestartsSchedule(Schedule):
 
     start: float
     end: float
-    _: KW_ONLY
-    cycles: int
-    growth: float = 1.0
+    cycles: int = field(kw_only=True)
+    growth: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
@@ -146,8 +144,7 @@ class OneCycleSchedule(Schedule):
     start: float
     peak: float
     end: float
-    _: KW_ONLY
-    rise: float = 0.3
+    rise: float = field(default=0.3, kw_only=True)
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from lightning_l2.arguments import check_types
@@ -45,8 +45,7 @@ class StepSchedule(Schedule):
 
     milestones: Sequence[float]
     factors: Sequence[float]
-    _: KW_ONLY
-    start: float = 1.0
+    start: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
@@ -140,8 +139,7 @@ class WarmupSchedule(Schedule):
 
     fraction: float
     then: Schedule
-    _: KW_ONLY
-    start: float = 0.0
+    start: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_part(self, "then", self.then)

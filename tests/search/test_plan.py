@@ -29,7 +29,7 @@ def test_bad_values_say_what_is_wrong(options: dict, message: str) -> None:
 
 
 def test_further_quantities_are_ranges() -> None:
-    with pytest.raises(TypeError, match=r"map names to Range\(low, high\) but got lr=\(1, 2\)"):
+    with pytest.raises(TypeError, match=r"`also` to be Mapping\[str, Range\], but got {'lr': \(1, 2\)}"):
         SearchPlan(also={"lr": (1, 2)})
 
 
