@@ -16,7 +16,7 @@ def preview_command(arguments: Sequence[str]) -> int:
     Args:
         arguments: the configuration, and on request the picture to write.
     """
-    parser = argparse.ArgumentParser(prog="python -m lightning_l2 preview", description=preview.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lightning_l2 preview", description=COMMANDS["preview"][0])
     parser.add_argument("config", help="YAML file with trainer.callbacks, as LightningCLI takes it")
     parser.add_argument("--output", help="picture to write; by default a PNG beside the configuration")
     options = parser.parse_args(arguments)

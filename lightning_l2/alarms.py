@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_l2.arguments import check_types
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -51,6 +53,7 @@ class NormAlarms:
     stop: bool = False
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         for name, above in (("max_norm", 0), ("growth", 1), ("vanishing", 0), ("penalty", 0)):
             limit = getattr(self, name)
             if limit is not None and not above < limit < math.inf:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
+from lightning_l2.arguments import check_types
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -68,6 +70,7 @@ class FixedBound(Bound):
     norm: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         _check_positive("norm", self.norm)
 
     def bounds(self, state: State) -> float:
@@ -94,6 +97,7 @@ class InitialBound(Bound):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         _check_positive("factor", self.factor)
 
     def start(self, norms: Tensor) -> State:
@@ -129,6 +133,7 @@ class WarmupBound(Bound):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         _check_count("steps", self.steps)
         _check_positive("factor", self.factor)
 
@@ -179,6 +184,7 @@ class InflectionBound(Bound):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         _check_count("period", self.period)
         _check_positive("factor", self.factor)
         if not 0 <= self.smoothing < 1:
@@ -221,5 +227,5 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if value < 1:
         raise ValueError(f"Expected `{name}` to be a whole number of steps, at least 1, got {value!r}.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import KW_ONLY, dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from lightning_l2.arguments import check_types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,17 +50,16 @@ class DecayRule:
     """
 
     name: str
-    _: KW_ONLY
-    pattern: str | None = None
-    modules: tuple[str | type, ...] = ()
-    max_ndim: int | None = None
-    weight_decay: float | None = None
-    multiplier: float | None = None
-    default_exemptions: bool = False
-    before_norm: bool = False
-    optional: bool = False
-    per_parameter: bool = False
-    layer_decay: float | None = None
+    pattern: str | None = field(default=None, kw_only=True)
+    modules: tuple[str | type, ...] = field(default=(), kw_only=True)
+    max_ndim: int | None = field(default=None, kw_only=True)
+    weight_decay: float | None = field(default=None, kw_only=True)
+    multiplier: float | None = field(default=None, kw_only=True)
+    default_exemptions: bool = field(default=False, kw_only=True)
+    before_norm: bool = field(default=False, kw_only=True)
+    optional: bool = field(default=False, kw_only=True)
+    per_parameter: bool = field(default=False, kw_only=True)
+    layer_decay: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the values and make `modules` a tuple, since YAML gives lists."""
@@ -81,6 +82,7 @@ class DecayRule:
                 "Give the absolute value or the one relative to the base, not both."
             )
         self._check_pattern()
+        check_types(type(self), vars(self))
 
     def _check_pattern(self) -> None:
         groups = 0
@@ -127,8 +129,8 @@ class DecayRule:
         """
         check_weight_decay(base, "weight_decay")
         if self.weight_decay is not None:
-            return self.weight_decay
-        return base * (1.0 if self.multiplier is None else self.multiplier)
+            return float(self.weight_decay)
+        return float(base * (1.0 if self.multiplier is None else self.multiplier))
 
     def matches(self, info: ParameterInfo) -> bool:
         """Return whether a parameter meets all conditions, under any one of its names."""
@@ -170,5 +172,5 @@ def check_weight_decay(value: float, what: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}.")
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{what} must be finite and at least 0, got {value!r}.")

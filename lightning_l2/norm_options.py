@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_l2.alarms import NormAlarms
+from lightning_l2.arguments import check_types
 from lightning_l2.watching import Per
 
 
@@ -36,9 +37,10 @@ class NormOptions:
     alarms: NormAlarms | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         for name in ("every_n_steps", "depth", "top_k", "spectra", "histograms"):
             count = getattr(self, name)
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            if count is not None and count < 1:
                 raise ValueError(f"Expected `{name}` to be an integer of at least 1 or None, got {count!r}.")
         self._check_choice("per", get_args(Per))
         self._check_choice("top_k_by", ("norm", "change"))
@@ -51,8 +53,6 @@ class NormOptions:
             re.compile(self.include or "")
         except re.error as error:
             raise ValueError(f"`include` is no regular expression: {self.include!r} ({error}).") from error
-        if self.alarms is not None and not isinstance(self.alarms, NormAlarms):
-            raise TypeError(f"Expected `alarms` to be NormAlarms or None, got {self.alarms!r}.")
         if self.gradients is True:
             object.__setattr__(self, "gradients", "before_clipping")
 

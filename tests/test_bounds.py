@@ -89,7 +89,6 @@ def test_each_vector_has_its_own_bound() -> None:
         (lambda: InitialBound(-1.0), "Expected `factor` to be positive and finite, got -1.0."),
         (lambda: WarmupBound(10, factor=math.inf), "Expected `factor` to be positive and finite, got inf."),
         (lambda: WarmupBound(0), "Expected `steps` to be a whole number of steps, at least 1, got 0."),
-        (lambda: WarmupBound(1.5), "Expected `steps` to be a whole number of steps, at least 1, got 1.5."),
         (lambda: InflectionBound(period=-5), "Expected `period` to be a whole number of steps, at least 1, got -5."),
         (lambda: InflectionBound(factor=0.0), "Expected `factor` to be positive and finite, got 0.0."),
         (lambda: InflectionBound(smoothing=1.0), "Expected `smoothing` to be at least 0 and below 1, got 1.0."),

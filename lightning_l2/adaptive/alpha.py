@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Literal, final
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_l2.adaptive.groups import HEAD, check_pattern, matches
+from lightning_l2.arguments import check_types
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
 from lightning_l2.schedules.schedule import blend
@@ -66,14 +67,14 @@ class AlphaDecay(FeedbackSchedule):
 
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "gradients"
 
-    _: KW_ONLY
-    s_min: float = 2 / 3
-    s_max: float = 3.0
-    every_n_steps: int = 500
-    min_eigenvalues: int = 50
-    exclude: str | None = HEAD
+    s_min: float = field(default=2 / 3, kw_only=True)
+    s_max: float = field(default=3.0, kw_only=True)
+    every_n_steps: int = field(default=500, kw_only=True)
+    min_eigenvalues: int = field(default=50, kw_only=True)
+    exclude: str | None = field(default=HEAD, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_pattern(self, "exclude", self.exclude)
         if not (0.0 <= self.s_min <= self.s_max < math.inf):
             raise ValueError(

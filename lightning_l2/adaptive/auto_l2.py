@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
 from lightning_l2.schedules.feedback import read_metric
 from lightning_l2.schedules.schedule import check_multipliers
@@ -48,14 +49,14 @@ class AutoL2Decay(FeedbackSchedule):
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "metric"
 
     monitor: str
-    _: KW_ONLY
-    error: str | None = None
-    factor: float = 0.1
-    patience: int = 2
-    refractory: float = 1.0
-    min_multiplier: float = 0.0
+    error: str | None = field(default=None, kw_only=True)
+    factor: float = field(default=0.1, kw_only=True)
+    patience: int = field(default=2, kw_only=True)
+    refractory: float = field(default=1.0, kw_only=True)
+    min_multiplier: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not 0.0 < self.factor < 1.0:
             raise ValueError(
                 f"AutoL2Decay needs a `factor` above 0 and below 1, but got {self.factor}. It only ever reduces "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 from lightning_l2.adaptive.groups import HEAD, check_pattern, matches
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules import FeedbackSchedule, LRSchedule, OptimizerLike
 
 
@@ -45,6 +46,7 @@ class CorrectedDecay(FeedbackSchedule):
     max_lr: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_pattern(self, "exclude", self.exclude)
         LRSchedule(self.max_lr)
 

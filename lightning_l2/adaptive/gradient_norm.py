@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 from lightning_l2.adaptive.groups import check_unflattened
+from lightning_l2.arguments import check_types
 from lightning_l2.norms import squared_norms
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
@@ -48,6 +49,7 @@ class AdaptiveDecay(FeedbackSchedule):
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not 0.0 <= self.smoothing < 1.0:
             raise ValueError(
                 f"AdaptiveDecay needs a `smoothing` within [0, 1), but got {self.smoothing}. It is the share of the "

@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.alarms import Alarm, NormAlarms
+from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     Callback,
     bare_optimizer,
@@ -109,6 +110,7 @@ class L2NormMonitor(Callback):
         histograms: int | None = None,
         alarms: NormAlarms | None = _ABOUT_NON_FINITE,
     ) -> None:
+        check_types(L2NormMonitor, locals())
         self.options = NormOptions(
             every_n_steps=every_n_steps,
             per=per,

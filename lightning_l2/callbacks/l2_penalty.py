@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     Callback,
     bare_optimizer,
@@ -77,11 +78,10 @@ class L2Penalty(Callback):
         log_objective: bool = False,
         every_n_steps: int | None = None,
     ) -> None:
-        if isinstance(weight_decay, bool) or not isinstance(weight_decay, float | int | Conversion):
-            raise TypeError(f"Expected `weight_decay` to be a number or a Conversion, got {weight_decay!r}.")
+        check_types(L2Penalty, locals())
         if not isinstance(weight_decay, Conversion) and not 0 <= weight_decay < math.inf:
             raise ValueError(f"Expected `weight_decay` to be finite and at least 0, got {weight_decay!r}.")
-        if every_n_steps is not None and (isinstance(every_n_steps, bool) or every_n_steps < 0):
+        if every_n_steps is not None and every_n_steps < 0:
             raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
         self.weight_decay = weight_decay
         self.rules = resolve_rules(rules)

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_l2.arguments import check_types
 from lightning_l2.bounds import Bound, FixedBound
 from lightning_l2.callbacks.trainer_access import (
     Callback,
@@ -94,8 +95,7 @@ class NormConstraint(Callback):
         log_each: bool = False,
         name: str = "norm_constraint",
     ) -> None:
-        if isinstance(bound, bool) or not isinstance(bound, float | int | Bound):
-            raise TypeError(f"Expected `bound` to be a number or a Bound of lightning_l2.bounds, got {bound!r}.")
+        check_types(NormConstraint, locals())
         if isinstance(bound, float | int) and not 0 < bound < math.inf:
             raise ValueError(f"Expected `bound` to be positive and finite, got {bound!r}.")
         if method not in ("projection", "lagrangian"):
@@ -112,6 +112,10 @@ class NormConstraint(Callback):
             raise ValueError(f"A projection has no `update_rate`, got {update_rate!r}. Use method='lagrangian'.")
         if update_rate is not None and not 0 < update_rate < math.inf:
             raise ValueError(f"Expected `update_rate` to be positive and finite, got {update_rate!r}.")
+        if every_n_steps is not None and every_n_steps < 0:
+            raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
+        if not name:
+            raise ValueError("NormConstraint needs a `name`, the prefix of its logged keys, but got an empty one.")
         self.method = method
         self.per = per
         self.rules = resolve_rules(rules)

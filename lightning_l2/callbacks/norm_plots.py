@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2 import plots
+from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import Callback
 from lightning_l2.rules import clean_name
 
@@ -44,7 +45,8 @@ class NormPlots(Callback):
     >>> callback = NormPlots(loss="train_loss")
     """
 
-    def __init__(self, *, loss: str | None = None, dirpath: str | None = None) -> None:
+    def __init__(self, *, loss: str | None = None, dirpath: str | Path | None = None) -> None:
+        check_types(NormPlots, locals())
         self.loss = loss
         self.dirpath = dirpath
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     Callback,
     bare_optimizer,
@@ -79,13 +81,12 @@ class WeightDecay(Callback):
         apply: Apply = "optimizer",
         on_resume: OnResume = "config",
         summary: bool | Literal["parameters"] = True,
-        summary_file: str | None = None,
+        summary_file: str | Path | None = None,
         before_clipping: bool = False,
         peak_lr: float | Literal["initial"] | None = None,
         lr_scheduler_attributes: dict[str, bool] | None = None,
     ) -> None:
-        if isinstance(weight_decay, bool) or not isinstance(weight_decay, float | int | Conversion | None):
-            raise TypeError(f"Expected `weight_decay` to be a number, a Conversion or None, got {weight_decay!r}.")
+        check_types(WeightDecay, locals())
         if isinstance(weight_decay, float | int) and not (0 <= weight_decay < math.inf):
             raise ValueError(f"Expected `weight_decay` to be finite and at least 0, got {weight_decay!r}.")
         if summary not in (True, False, "parameters"):

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     DATA_IN_USE,
     Callback,
@@ -90,6 +91,7 @@ class WeightDecayFinder(Callback):
         mode: Literal["min", "max"] = "min",
         method: Literal["grid", "tpe"] | None = None,
     ) -> None:
+        check_types(WeightDecayFinder, locals())
         if steps < 1:
             raise ValueError(f"Expected `steps` to be at least 1, got {steps!r}.")
         self.plan = SearchPlan(

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
+from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     Callback,
     bare_optimizer,
@@ -64,16 +65,12 @@ class WeightDecayScheduler(Callback):
         total_steps: int | None = None,
         values: Literal["multiplier", "weight_decay"] = "multiplier",
     ) -> None:
-        if not isinstance(schedule, Schedule | FeedbackSchedule):
-            raise TypeError(
-                f"Expected `schedule` to be a Schedule or a FeedbackSchedule of lightning_l2.schedules, "
-                f"got {schedule!r}."
-            )
+        check_types(WeightDecayScheduler, locals())
         if interval not in ("step", "epoch"):
             raise ValueError(f"Expected `interval` to be 'step' or 'epoch', got {interval!r}.")
         if values not in ("multiplier", "weight_decay"):
             raise ValueError(f"Expected `values` to be 'multiplier' or 'weight_decay', got {values!r}.")
-        if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
+        if total_steps is not None and total_steps < 1:
             raise ValueError(f"Expected `total_steps` to be at least 1 or None, got {total_steps!r}.")
         if isinstance(schedule, FeedbackSchedule) and (values != "multiplier" or total_steps or interval != "step"):
             raise ValueError(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.convert.formulas import (
     check_not_negative,
     check_positive,
@@ -42,6 +43,7 @@ class TrainingSetup:
     samples: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_positive(**{name: value for name, value in vars(self).items() if value is not None})
 
 
@@ -80,6 +82,7 @@ class Timescale(Conversion):
     epochs: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_positive(epochs=self.epochs)
 
     def __call__(self, setup: TrainingSetup) -> float:
@@ -113,6 +116,7 @@ class GaussianPrior(Conversion):
     samples: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_positive(sigma=self.sigma)
         if self.samples is not None:
             check_positive(samples=self.samples)
@@ -146,6 +150,7 @@ class Normalised(Conversion):
     weight_decay: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_not_negative(weight_decay=self.weight_decay)
 
     def __call__(self, setup: TrainingSetup) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ def preview(config: str | Path, output: str | Path | None = None) -> Path:
         Where the picture is.
 
     Raises:
-        ValueError: If the file has no `WeightDecayScheduler`, or one whose values only the training can tell.
+        ValueError: If the file is no YAML, or has no `WeightDecayScheduler`, a wrong one, or one whose values only the
+            training can tell.
         ModuleNotFoundError: If matplotlib or jsonargparse is not installed.
     """
     config = Path(config)
@@ -37,7 +39,10 @@ def preview(config: str | Path, output: str | Path | None = None) -> Path:
 def _draw(config: Path) -> Figure:
     import yaml
 
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{config}' is no YAML: {error}") from error
     settings = _section(settings, "fit") or _section({"settings": settings}, "settings")
     trainer = _section(settings, "trainer")
     scheduler = _callback(trainer, "WeightDecayScheduler")
@@ -92,7 +97,7 @@ def _section(settings: object, key: str) -> dict[str, Any]:
 
 
 def _length(*candidates: int | None) -> int | None:
-    return next((length for length in candidates if length and length > 0), None)
+    return next((length for length in candidates if isinstance(length, int) and length > 0), None)
 
 
 def _parse(kind: object, value: object) -> Any:
@@ -107,4 +112,7 @@ def _parse(kind: object, value: object) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49
-    return instantiate(parser.parse_object({"value": value})).value
+    try:
+        return instantiate(parser.parse_object({"value": value})).value
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules.schedule import Schedule, blend, check_multipliers, check_positive, check_progress
 from lightning_l2.schedules.shapes import cosine_weight
 
@@ -41,11 +42,11 @@ class CyclicSchedule(Schedule):
 
     start: float
     peak: float
-    _: KW_ONLY
-    cycles: int = 1
-    rise: float = 0.5
+    cycles: int = field(default=1, kw_only=True)
+    rise: float = field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, peak=self.peak)
         check_cycles(self, self.cycles)
         check_rise(self, self.rise)
@@ -85,11 +86,11 @@ class CosineRestartsSchedule(Schedule):
 
     start: float
     end: float
-    _: KW_ONLY
-    cycles: int
-    growth: float = 1.0
+    cycles: int = field(kw_only=True)
+    growth: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, end=self.end)
         check_cycles(self, self.cycles)
         check_positive(self, growth=self.growth)
@@ -143,10 +144,10 @@ class OneCycleSchedule(Schedule):
     start: float
     peak: float
     end: float
-    _: KW_ONLY
-    rise: float = 0.3
+    rise: float = field(default=0.3, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, peak=self.peak, end=self.end)
         check_rise(self, self.rise)
 
@@ -158,9 +159,9 @@ class OneCycleSchedule(Schedule):
 
 
 def check_cycles(schedule: object, cycles: int) -> None:
-    """Raise a `ValueError` unless the number of cycles is a whole number of at least 1."""
-    if cycles < 1 or cycles != int(cycles):
-        raise ValueError(f"{type(schedule).__name__} needs a whole number of `cycles`, at least 1, but got {cycles}.")
+    """Raise a `ValueError` unless the number of cycles is from 1 to 1000, more than which no training has use for."""
+    if not 1 <= cycles <= 1000:
+        raise ValueError(f"{type(schedule).__name__} needs from 1 to 1000 `cycles`, but got {cycles}.")
 
 
 def check_rise(schedule: object, rise: float) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules.schedule import check_multipliers, check_positive
 
 
@@ -93,17 +94,17 @@ class PlateauSchedule(FeedbackSchedule):
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "metric"
 
     monitor: str
-    _: KW_ONLY
-    mode: Literal["min", "max"] = "min"
-    factor: float = 0.1
-    patience: int = 10
-    threshold: float = 1e-4
-    threshold_mode: Literal["rel", "abs"] = "rel"
-    cooldown: int = 0
-    min_multiplier: float = 0.0
-    max_multiplier: float | None = None
+    mode: Literal["min", "max"] = field(default="min", kw_only=True)
+    factor: float = field(default=0.1, kw_only=True)
+    patience: int = field(default=10, kw_only=True)
+    threshold: float = field(default=1e-4, kw_only=True)
+    threshold_mode: Literal["rel", "abs"] = field(default="rel", kw_only=True)
+    cooldown: int = field(default=0, kw_only=True)
+    min_multiplier: float = field(default=0.0, kw_only=True)
+    max_multiplier: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_choice(self, "mode", self.mode, ("min", "max"))
         check_choice(self, "threshold_mode", self.threshold_mode, ("rel", "abs"))
         check_positive(self, factor=self.factor)
@@ -172,6 +173,7 @@ class LRSchedule(FeedbackSchedule):
     max_lr: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if self.max_lr is not None:
             check_positive(self, max_lr=self.max_lr)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from typing import final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules.schedule import (
     Schedule,
     blend,
@@ -44,10 +45,10 @@ class StepSchedule(Schedule):
 
     milestones: Sequence[float]
     factors: Sequence[float]
-    _: KW_ONLY
-    start: float = 1.0
+    start: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         object.__setattr__(self, "milestones", tuple(self.milestones))
         object.__setattr__(self, "factors", tuple(self.factors))
         check_milestones(self, "milestones", self.milestones)
@@ -93,9 +94,10 @@ class PiecewiseSchedule(Schedule):
     points: Sequence[tuple[float, float]]
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         object.__setattr__(self, "points", tuple((progress, value) for progress, value in self.points))
         if not self.points:
-            raise ValueError("PiecewiseSchedule needs at least one point, but got none.")
+            raise ValueError("PiecewiseSchedule needs at least one point in `points`, but got none.")
         check_milestones(self, "points", [progress for progress, _ in self.points])
         for index, (_, value) in enumerate(self.points):
             check_multipliers(self, **{f"points[{index}][1]": value})
@@ -137,16 +139,16 @@ class WarmupSchedule(Schedule):
 
     fraction: float
     then: Schedule
-    _: KW_ONLY
-    start: float = 0.0
+    start: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_part(self, "then", self.then)
+        check_types(type(self), vars(self))
         if not 0.0 <= self.fraction < 1.0:
             raise ValueError(
                 f"WarmupSchedule needs a `fraction` within [0, 1), but got {self.fraction}. It is a fraction of the "
                 "training, not a number of steps."
             )
-        check_part(self, "then", self.then)
         check_multipliers(self, start=self.start)
 
     def __call__(self, progress: float) -> float:
@@ -187,10 +189,11 @@ class SequenceSchedule(Schedule):
     milestones: Sequence[float]
 
     def __post_init__(self) -> None:
+        for index, schedule in enumerate(self.schedules if isinstance(self.schedules, Sequence) else ()):
+            check_part(self, f"schedules[{index}]", schedule)
+        check_types(type(self), vars(self))
         object.__setattr__(self, "schedules", tuple(self.schedules))
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        for index, schedule in enumerate(self.schedules):
-            check_part(self, f"schedules[{index}]", schedule)
         if len(self.milestones) != len(self.schedules) - 1:
             raise ValueError(
                 f"SequenceSchedule needs one milestone between each two schedules, but got {len(self.milestones)} "

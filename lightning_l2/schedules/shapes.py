@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+from lightning_l2.arguments import check_types
 from lightning_l2.schedules.schedule import Schedule, blend, check_multipliers, check_positive, check_progress
 
 
@@ -28,6 +29,7 @@ class ConstantSchedule(Schedule):
     value: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, value=self.value)
 
     def __call__(self, progress: float) -> float:
@@ -58,6 +60,7 @@ class LinearSchedule(Schedule):
     end: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
@@ -92,6 +95,7 @@ class CosineSchedule(Schedule):
     end: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
@@ -126,6 +130,7 @@ class ExponentialSchedule(Schedule):
     end: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_positive(self, start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
@@ -163,6 +168,7 @@ class PolynomialSchedule(Schedule):
     power: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start, end=self.end)
         check_positive(self, power=self.power)
 
@@ -198,9 +204,10 @@ class InverseSquareRootSchedule(Schedule):
     timescale: float
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_multipliers(self, start=self.start)
         check_positive(self, timescale=self.timescale)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
-        return self.start / math.sqrt(1.0 + check_progress(progress) / self.timescale)
+        return float(self.start) / math.sqrt(1.0 + check_progress(progress) / self.timescale)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_l2.arguments import check_types
+
 
 @dataclass(frozen=True)
 class Range:
@@ -32,6 +34,7 @@ class Range:
     log: bool = True
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise ValueError(f"Expected a range with finite ends but got low={self.low}, high={self.high}.")
         if self.low >= self.high:
@@ -101,6 +104,7 @@ class SearchPlan:
     pick: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         Range(self.low, self.high)
         for name, allowed in (("mode", ("min", "max")), ("method", ("grid", "tpe", None)), ("pick", ("last", "best"))):
             if getattr(self, name) not in allowed:
@@ -108,15 +112,16 @@ class SearchPlan:
         for name in ("trials", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Expected {name} to be at least 1 but got {getattr(self, name)}.")
-        if self.first <= 0:
-            raise ValueError(f"Expected first, a lambda on the log scale, to be above 0 but got {self.first}.")
+        if not 0 < self.first < math.inf:
+            raise ValueError(
+                f"Expected first, a lambda on the log scale, to be finite and above 0 but got {self.first}."
+            )
+        if self.seed < 0:
+            raise ValueError(f"Expected seed to be at least 0 but got {self.seed}.")
         if self.also and self.method == "grid":
             raise ValueError(
                 f"method='grid' searches lambda alone but also={sorted(self.also)} asks for more. Use 'tpe'."
             )
-        for name, space in self.also.items():
-            if not isinstance(space, Range):
-                raise TypeError(f"Expected also to map names to Range(low, high) but got {name}={space!r}.")
         if "weight_decay" in self.also:
             raise ValueError("also has 'weight_decay', which is searched anyway. Set its range by low and high.")
 

@@ -761,8 +761,8 @@ def test_two_processes_penalise_once() -> None:
         ({"weight_decay": -0.1}, ValueError, "Expected `weight_decay` to be finite and at least 0, got -0.1."),
         ({"weight_decay": math.inf}, ValueError, "to be finite and at least 0, got inf."),
         ({"weight_decay": math.nan}, ValueError, "to be finite and at least 0, got nan."),
-        ({"weight_decay": None}, TypeError, "Expected `weight_decay` to be a number or a Conversion, got None."),
-        ({"weight_decay": True}, TypeError, "to be a number or a Conversion, got True."),
+        ({"weight_decay": None}, TypeError, "L2Penalty needs `weight_decay` to be float | Conversion, but got None"),
+        ({"weight_decay": True}, TypeError, "to be float | Conversion, but got True of type bool."),
         (
             {"weight_decay": 0.1, "every_n_steps": -1},
             ValueError,

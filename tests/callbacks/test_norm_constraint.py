@@ -473,8 +473,8 @@ def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ({"bound": -1.0}, "Expected `bound` to be positive and finite, got -1.0."),
         ({"bound": float("nan")}, "Expected `bound` to be positive and finite, got nan."),
-        ({"bound": None}, "Expected `bound` to be a number or a Bound of lightning_l2.bounds, got None."),
-        ({"bound": True}, "Expected `bound` to be a number or a Bound of lightning_l2.bounds, got True."),
+        ({"bound": None}, "NormConstraint needs `bound` to be float | Bound, but got None of type NoneType."),
+        ({"bound": True}, "NormConstraint needs `bound` to be float | Bound, but got True of type bool."),
         ({"method": "clip"}, "Expected `method` to be 'projection' or 'lagrangian', got 'clip'."),
         ({"per": "layer"}, "Expected `per` to be 'parameter', 'row' or 'group', got 'layer'."),
         (

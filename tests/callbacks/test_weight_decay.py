@@ -287,8 +287,8 @@ def test_misuse_is_refused_before_the_first_step(model, callback, error, message
     [
         ({"weight_decay": -0.1}, ValueError, r"finite and at least 0, got -0.1"),
         ({"weight_decay": float("nan")}, ValueError, r"finite and at least 0, got nan"),
-        ({"weight_decay": True}, TypeError, r"a number, a Conversion or None, got True"),
-        ({"weight_decay": "0.1"}, TypeError, r"a number, a Conversion or None, got '0.1'"),
+        ({"weight_decay": True}, TypeError, r"to be float \| Conversion \| None, but got True"),
+        ({"weight_decay": "0.1"}, TypeError, r"to be float \| Conversion \| None, but got '0.1'"),
         ({"on_resume": "maybe"}, ValueError, r"'config', 'checkpoint' or 'error', got 'maybe'"),
         ({"summary": "all"}, ValueError, r"True, False or 'parameters', got 'all'"),
         ({"apply": "couple"}, ValueError, r"couple"),

@@ -13,7 +13,7 @@ from lightning_l2.search import Range, SearchPlan
         ({"low": 0.0}, r"log scale starts above 0 but got low=0.0. Give a small positive number"),
         ({"high": math.inf}, r"finite ends but got low=1e-05, high=inf"),
         ({"high": math.nan}, r"finite ends but got low=1e-05, high=nan"),
-        ({"first": 0.0}, r"first, a lambda on the log scale, to be above 0 but got 0.0"),
+        ({"first": 0.0}, r"first, a lambda on the log scale, to be finite and above 0 but got 0.0"),
         ({"trials": 0}, r"trials to be at least 1 but got 0"),
         ({"seeds": 0}, r"seeds to be at least 1 but got 0"),
         ({"mode": "minimum"}, r"mode to be one of \('min', 'max'\) but got 'minimum'"),
@@ -29,7 +29,7 @@ def test_bad_values_say_what_is_wrong(options: dict, message: str) -> None:
 
 
 def test_further_quantities_are_ranges() -> None:
-    with pytest.raises(TypeError, match=r"map names to Range\(low, high\) but got lr=\(1, 2\)"):
+    with pytest.raises(TypeError, match=r"`also` to be Mapping\[str, Range\], but got {'lr': \(1, 2\)}"):
         SearchPlan(also={"lr": (1, 2)})
 
 

@@ -1,0 +1,449 @@
+"""What must hold for any module, rules, optimizer, learning-rate scheduler, schedule and order of trainings."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+
+from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler, schedules
+from lightning_l2.metrics import l2_penalty
+from lightning_l2.param_groups import base_weight_decay, multiply_weight_decay
+from lightning_l2.regrouping import Regrouping
+from lightning_l2.schedules import Schedule
+from tests.helpers import Net, assert_same_weights, batches, layout, make_trainer, weights
+
+PHASES = (Phase.explicit, Phase.generate)
+
+
+def examples(count: int) -> Callable[[Any], Any]:
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=PHASES)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(2, 3),
+    "no bias": lambda: nn.Linear(3, 3, bias=False),
+    "conv": lambda: nn.Conv2d(2, 2, 1),
+    "batch norm": lambda: nn.BatchNorm2d(2),
+    "layer norm": lambda: nn.LayerNorm(3),
+    "group norm": lambda: nn.GroupNorm(1, 2),
+    "embedding": lambda: nn.Embedding(4, 3),
+    "lstm": lambda: nn.LSTM(2, 2),
+    "attention": lambda: nn.MultiheadAttention(4, 2),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+    "bare": lambda: nn.ParameterList([torch.ones(()), torch.ones(2), torch.ones(2, 2, 2)]),
+}
+MODULES = st.recursive(
+    st.sampled_from(sorted(LAYERS)), lambda inner: st.lists(inner, min_size=1, max_size=3), max_leaves=6
+)
+
+
+def build(plan: Any) -> nn.Module:
+    return LAYERS[plan]() if isinstance(plan, str) else nn.Sequential(*map(build, plan))
+
+
+def tie(model: nn.Module) -> None:
+    square = [module for module in model.modules() if type(module) is nn.Linear and module.weight.shape == (3, 3)]
+    if len(square) > 1:
+        square[-1].weight = square[0].weight
+
+
+CONDITIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "pattern": st.sampled_from([r"\.bias$", "weight", "^0", "_l0", r"1\.", "original1", "in_proj"]),
+        "modules": st.sampled_from([[], ["Linear"], ["Embedding", "LSTM"], [nn.LayerNorm], ["torch.nn.Conv2d"]]),
+        "max_ndim": st.integers(0, 3),
+    },
+)
+VALUES = st.one_of(
+    st.just({}),
+    st.builds(lambda value: {"multiplier": value}, st.floats(0.0, 10.0)),
+    st.builds(lambda value: {"weight_decay": value}, st.floats(0.0, 1.0)),
+)
+
+
+@st.composite
+def rule_lists(draw: Any) -> list[DecayRule]:
+    drawn = draw(st.lists(st.tuples(CONDITIONS, VALUES), max_size=4))
+    last = draw(VALUES)
+    rules = [DecayRule(f"r{i}", optional=True, **where, **value) for i, (where, value) in enumerate(drawn)]
+    return [*rules, DecayRule("rest", **last)]
+
+
+def first_match(model: nn.Module, rules: list[DecayRule]) -> dict[int, DecayRule]:
+    """Read the rules as their documentation says: in order, all conditions, under any name of a tied parameter."""
+    places: dict[int, list[tuple[str, nn.Module, nn.Parameter]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((f"{path}.{name}".lstrip("."), module, parameter))
+
+    def holds(rule: DecayRule, name: str, owner: nn.Module, parameter: nn.Parameter) -> bool:
+        ancestors = {base.__name__: base for base in type(owner).__mro__}
+        kinds = [kind if isinstance(kind, type) else ancestors.get(kind.rpartition(".")[2]) for kind in rule.modules]
+        return (
+            (rule.pattern is None or bool(re.search(rule.pattern, name)))
+            and (not kinds or any(kind is not None and isinstance(owner, kind) for kind in kinds))
+            and (rule.max_ndim is None or parameter.ndim <= rule.max_ndim)
+        )
+
+    return {
+        key: next(rule for rule in rules if any(holds(rule, *place) for place in found))
+        for key, found in places.items()
+    }
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.3, nesterov=True),
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=0.01, weight_decay=0.2),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01, amsgrad=True),
+    "AdamW foreach": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=True, betas=(0.5, 0.6)),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, decoupled_weight_decay=True, weight_decay=0.1),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, momentum=0.5, centered=True, weight_decay=0.1),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, weight_decay=0.1),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),
+}
+SCHEDULERS: dict[str, Callable[[Optimizer, int], Any]] = {
+    "none": lambda o, n: None,
+    "lambda": lambda o, n: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "lambdas": lambda o, n: lr_scheduler.LambdaLR(o, [lambda step, i=i: 0.9 ** (step * i) for i in range(n)]),
+    "cosine": lambda o, n: lr_scheduler.CosineAnnealingLR(o, T_max=3),
+    "restarts": lambda o, n: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2),
+    "one cycle": lambda o, n: lr_scheduler.OneCycleLR(o, [0.1 + i for i in range(n)], 9, cycle_momentum=False),
+    "cyclic": lambda o, n: lr_scheduler.CyclicLR(
+        o, [0.01] * n, [0.1 + i for i in range(n)], step_size_up=2, cycle_momentum=False
+    ),
+    "plateau": lambda o, n: lr_scheduler.ReduceLROnPlateau(o, patience=0, min_lr=[0.001 * i for i in range(n)]),
+    "sequence": lambda o, n: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.5)],
+        milestones=[2],
+    ),
+    "chain": lambda o, n: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.StepLR(o, 1)], optimizer=o
+    ),
+}
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "lr": st.floats(1e-4, 1.0),
+        "weight_decay": st.floats(0.0, 1.0),
+        "name": st.uuids().map(str),
+        "mine": st.just("x"),
+    },
+)
+
+
+Training = tuple[nn.Module, Optimizer, Any]
+
+
+@st.composite
+def trainings(draw: Any) -> Callable[[], Training]:
+    """Return how to make any module, an optimizer of any groups of its parameters, and a scheduler of that."""
+    plan, tied = draw(MODULES), draw(st.booleans())
+    frozen = draw(st.sets(st.integers(1, 12), max_size=3))
+    cuts = draw(st.sets(st.integers(1, 8), max_size=3))
+    options = draw(st.lists(OPTIONS, min_size=len(cuts) + 1, max_size=len(cuts) + 1))
+    optimizer, scheduler = draw(st.sampled_from(sorted(OPTIMIZERS))), draw(st.sampled_from(sorted(SCHEDULERS)))
+
+    def make() -> Training:
+        torch.manual_seed(0)
+        model = build(plan)
+        if tied:
+            tie(model)
+        for index, parameter in enumerate(model.parameters()):
+            parameter.requires_grad_(index not in frozen)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        edges = [0, *sorted(cut for cut in cuts if cut < len(trainable)), len(trainable)]
+        groups = [
+            {"params": trainable[start:end], **own}
+            for start, end, own in zip(edges[:-1], edges[1:], options, strict=False)
+        ]
+        made = OPTIMIZERS[optimizer](groups)
+        return model, made, SCHEDULERS[scheduler](made, len(groups))
+
+    return make
+
+
+OWN = {"params", "weight_decay", "initial_weight_decay", "name", "rule"}
+
+
+def advance(model: nn.Module, optimizer: Optimizer, scheduler: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().cos() if parameter.requires_grad else None
+    optimizer.step()
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(1.0)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def state_of(scheduler: Any) -> Any:
+    """Return everything a scheduler remembers, as text, nested ones too, the optimizer and functions aside."""
+    own = {key: value for key, value in vars(scheduler).items() if key != "optimizer"} if scheduler else {}
+    nested = list(map(state_of, own.pop("_schedulers", ())))
+    return nested, {
+        key: repr(value) for key, value in own.items() if not callable(value) and " at 0x" not in repr(value)
+    }
+
+
+def split(model: nn.Module, optimizer: Optimizer, scheduler: Any, rules: list[DecayRule]) -> Regrouping:
+    groups = Regrouping(
+        model, [optimizer], lambda: [scheduler] if scheduler else [], rules,
+        lambda name, rule, group: rule.resolve(base_weight_decay(group)),
+    )  # fmt: skip
+    groups.split_new()
+    return groups
+
+
+@examples(60)
+@given(trainings(), rule_lists())
+def test_every_parameter_is_in_one_group_with_its_options_and_lambda(
+    make: Callable[[], Training], rules: list[DecayRule]
+) -> None:
+    model, optimizer, scheduler = make()
+    parents = [dict(group) for group in optimizer.param_groups]
+    wanted = first_match(model, rules)
+    split(model, optimizer, scheduler, rules)
+    assert len({group["name"] for group in optimizer.param_groups}) == len(optimizer.param_groups)
+    children = list(optimizer.param_groups)
+    for parent in parents:
+        order = [id(parameter) for parameter in parent["params"]]
+        mine = [group for group in children if id(group["params"][0]) in order]
+        assert mine == children[: len(mine)]
+        del children[: len(mine)]
+        assert sorted(id(p) for group in mine for p in group["params"]) == sorted(order)
+        for group in mine:
+            places = [order.index(id(parameter)) for parameter in group["params"]]
+            assert places == sorted(places)
+            assert {key: group[key] for key in group.keys() - OWN} == {key: parent[key] for key in parent.keys() - OWN}
+            for parameter in group["params"]:
+                rule = wanted[id(parameter)]
+                assert group["rule"] == rule.name
+                own = parent["weight_decay"] * (1.0 if rule.multiplier is None else rule.multiplier)
+                assert group["weight_decay"] == (own if rule.weight_decay is None else rule.weight_decay)
+        assert len({(group["rule"], group["weight_decay"]) for group in mine}) == len(mine)
+    assert not children
+
+
+@examples(60)
+@given(trainings(), rule_lists(), st.lists(st.booleans(), max_size=5))
+def test_split_and_merge_is_the_identity_whenever_it_happens(
+    make: Callable[[], Training], rules: list[DecayRule], merges: list[bool]
+) -> None:
+    (model, optimizer, scheduler), (twin, twin_optimizer, twin_scheduler) = make(), make()
+    # groups without a lambda of their own, so that both train alike
+    groups = split(model, optimizer, scheduler, [replace(rule, weight_decay=None, multiplier=None) for rule in rules])
+    for merged in merges:
+        if merged:
+            groups.merge()
+            assert layout(optimizer, model) == layout(twin_optimizer, twin)
+            assert [list(g) for g in optimizer.param_groups] == [list(g) for g in twin_optimizer.param_groups]
+            assert state_of(scheduler) == state_of(twin_scheduler)
+            groups.restore()
+        advance(model, optimizer, scheduler)
+        advance(twin, twin_optimizer, twin_scheduler)
+    groups.merge()
+    assert layout(optimizer, model) == layout(twin_optimizer, twin)
+    assert state_of(scheduler) == state_of(twin_scheduler)
+    assert_same_weights(model, twin)
+
+
+@examples(30)
+@given(trainings(), rule_lists())
+def test_the_penalty_is_the_sum_over_the_parameters(make: Callable[[], Training], rules: list[DecayRule]) -> None:
+    model, optimizer, scheduler = make()
+    split(model, optimizer, scheduler, rules)
+    expected = math.fsum(
+        group["weight_decay"] / 2 * parameter.detach().double().square().sum().item()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    assert float(l2_penalty(optimizer.param_groups)) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+MULTIPLIER = st.floats(0.0, 100.0)
+POSITIVE = st.floats(1e-3, 100.0)
+PERCENT = st.integers(5, 95).map(lambda percent: percent / 100)
+CONTINUOUS = st.recursive(
+    st.one_of(
+        st.builds(schedules.ConstantSchedule, MULTIPLIER),
+        st.builds(schedules.LinearSchedule, MULTIPLIER, MULTIPLIER),
+        st.builds(schedules.CosineSchedule, MULTIPLIER, MULTIPLIER),
+        st.builds(schedules.ExponentialSchedule, POSITIVE, POSITIVE),
+        st.builds(schedules.PolynomialSchedule, MULTIPLIER, MULTIPLIER, st.floats(0.5, 5.0)),
+        st.builds(schedules.InverseSquareRootSchedule, MULTIPLIER, st.floats(0.01, 10.0)),
+        st.builds(schedules.CyclicSchedule, MULTIPLIER, MULTIPLIER, cycles=st.integers(1, 5), rise=PERCENT),
+        st.builds(schedules.OneCycleSchedule, MULTIPLIER, MULTIPLIER, MULTIPLIER, rise=PERCENT),
+        st.lists(PERCENT, min_size=1, max_size=4, unique=True).flatmap(
+            lambda places: st.builds(
+                lambda heights: schedules.PiecewiseSchedule(list(zip(sorted(places), heights, strict=True))),
+                st.lists(MULTIPLIER, min_size=len(places), max_size=len(places)),
+            )
+        ),
+    ),
+    lambda then: st.builds(schedules.WarmupSchedule, PERCENT, then, start=st.floats(0.0, 1.0)),
+    max_leaves=3,
+)
+ANY = st.recursive(
+    st.one_of(
+        CONTINUOUS,
+        st.builds(lambda at, factor: schedules.StepSchedule([at], [factor]), PERCENT, MULTIPLIER),
+        st.builds(
+            schedules.CosineRestartsSchedule, MULTIPLIER, MULTIPLIER, cycles=st.integers(1, 5), growth=st.floats(0.2, 5)
+        ),
+    ),
+    lambda part: st.builds(lambda parts, at: schedules.SequenceSchedule(parts, [at]), st.tuples(part, part), PERCENT),
+    max_leaves=4,
+)
+GRID = [index / 100 for index in range(101)]
+
+
+def extremes(schedule: Any) -> tuple[float, float]:
+    """Return what a schedule lies between, from its own numbers."""
+    match schedule:
+        case schedules.SequenceSchedule():
+            parts = list(map(extremes, schedule.schedules))
+            return min(low for low, _ in parts), max(high for _, high in parts)
+        case schedules.WarmupSchedule():
+            low, high = extremes(schedule.then)
+            return min(low, low * schedule.start), high
+        case schedules.StepSchedule():
+            ends = [1.0, *schedule.factors]
+        case schedules.PiecewiseSchedule():
+            ends = [value for _, value in schedule.points]
+        case schedules.InverseSquareRootSchedule():
+            ends = [0.0, schedule.start]
+        case _:
+            ends = [getattr(schedule, name) for name in ("value", "start", "peak", "end") if hasattr(schedule, name)]
+    return min(ends), max(ends)
+
+
+def test_every_schedule_is_drawn() -> None:
+    source = Path(__file__).read_text()
+    for name in schedules.__all__:
+        kind = getattr(schedules, name)
+        if issubclass(kind, Schedule) and kind is not Schedule:
+            assert re.search(rf"(st\.builds\(\s*|: )schedules\.{name}\b", source), name
+
+
+@examples(80)
+@given(ANY)
+def test_a_schedule_stays_within_its_values_and_leaves_exempt_groups_at_0(schedule: Schedule) -> None:
+    low, high = extremes(schedule)
+    exempt, decayed = {"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": 0.25}
+    for progress in GRID:
+        value = schedule(progress)
+        assert type(value) is float
+        assert low * (1 - 1e-12) <= value <= high * (1 + 1e-12)
+        for group in (exempt, decayed):
+            multiply_weight_decay(group, value)
+        assert math.copysign(1.0, exempt["weight_decay"]) == 1.0
+        assert exempt["weight_decay"] == 0.0
+        assert decayed["weight_decay"] == 0.25 * value
+
+
+@examples(60)
+@given(CONTINUOUS)
+def test_a_schedule_without_steps_never_jumps(schedule: Schedule) -> None:
+    for progress in GRID:
+        before, after = schedule(max(progress - 1e-9, 0.0)), schedule(min(progress + 1e-9, 1.0))
+        assert abs(after - before) <= 0.02
+
+
+def as_yaml(value: Any) -> Any:
+    """Write a schedule as a user does."""
+    if isinstance(value, Schedule):
+        names = [name for name in vars(value)]
+        return {
+            "class_path": f"lightning_l2.schedules.{type(value).__name__}",
+            "init_args": {name: as_yaml(getattr(value, name)) for name in names},
+        }
+    return [as_yaml(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+@examples(12)
+@given(ANY)
+def test_a_schedule_survives_pickle_and_yaml(schedule: Schedule) -> None:
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--schedule", type=Schedule)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49
+    once = parser.parse_object({"schedule": as_yaml(schedule)})
+    again = parser.parse_string(parser.dump(once))
+    for parsed in (once, again):
+        assert instantiate(parsed).schedule == schedule
+
+
+ALIKE = {
+    # lambda of every parameter is the optimizer's own, whatever the groups
+    "absent": None,
+    "one rule": [DecayRule("all")],
+    "two rules": [DecayRule("thin", max_ndim=1), DecayRule("rest", multiplier=1.0)],
+    "a group each": [
+        DecayRule("body", pattern=r"^body\.0"),
+        DecayRule("norm", modules=("LayerNorm",)),
+        DecayRule("bias", pattern="bias", weight_decay=0.1),
+        DecayRule("rest"),
+    ],
+}
+
+
+@examples(7)
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(ALIKE)), st.booleans()), min_size=2, max_size=4),
+    st.sampled_from(["AdamW", "SGD", "NAdam"]),
+    st.sampled_from(["lambda", "one cycle", "sequence", "restarts"]),
+)
+def test_no_state_is_lost_over_any_order_of_fits_resumes_and_rules(
+    stages: list[tuple[str, bool]], optimizer: str, scheduler: str
+) -> None:
+    def model() -> Net:
+        torch.manual_seed(0)
+        return Net(lambda groups: reset_decay(OPTIMIZERS[optimizer](groups)), lambda o: SCHEDULERS[scheduler](o, 1))
+
+    reference = model()
+    make_trainer(max_epochs=len(stages)).fit(reference, epoch_of_two())
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        for epoch, (rules, scheduled) in enumerate(stages, start=1):
+            callbacks: list[Any] = [L2NormMonitor()] if scheduled else []
+            if ALIKE[rules] is not None:
+                callbacks.append(WeightDecay(rules=ALIKE[rules], summary=False))
+            if scheduled:
+                callbacks.append(WeightDecayScheduler(schedules.ConstantSchedule(1.0), total_steps=3))
+            resumed = model()
+            trainer = make_trainer(callbacks, max_epochs=epoch)
+            trainer.fit(resumed, epoch_of_two(), ckpt_path=checkpoint)
+            checkpoint = f"{folder}/{epoch}.ckpt"
+            trainer.save_checkpoint(checkpoint)
+            groups = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+            assert len(groups) == 1
+            assert not {"rule", "name", "initial_weight_decay", "weight_decay_multiplier"} & set(groups[0])
+    assert_same_weights(resumed, weights(reference))
+
+
+def epoch_of_two() -> Any:
+    return batches(2)
+
+
+def reset_decay(optimizer: Optimizer) -> Optimizer:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    return optimizer
