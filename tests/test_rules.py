@@ -302,6 +302,12 @@ def test_a_model_without_parameters():
             "Rule 'b' matched no parameter (pattern='bia$'). Closest names: 'body.0.bias', 'body.1.bias', 'head.bias'.",
         ),
         (
+            [DecayRule("b", pattern=r"^\w+\.bais$"), "default"],
+            ValueError,
+            r"Rule 'b' matched no parameter (pattern='^\\w+\\.bais$'). Closest names: 'body.0.bias', 'body.1.bias', "
+            "'head.bias'.",
+        ),
+        (
             [DecayRule("e", pattern="head", modules=(nn.Embedding,)), "default"],
             ValueError,
             "Rule 'e' matched no parameter (pattern='head', modules=(<class 'torch.nn.modules.sparse.Embedding'>,)). "
@@ -376,6 +382,12 @@ def test_at_most_three_names_are_close():
     model = nn.ModuleList([nn.Linear(1, 1) for _ in range(5)])
     with pytest.raises(ValueError, match=r"Closest names: '0\.bias', '1\.bias', '2\.bias'\.$"):
         assign_rules(model, [DecayRule("b", pattern="bais"), "default"])
+
+
+def test_a_name_is_close_by_as_many_parts_as_the_pattern_has():
+    model = nn.ModuleDict({"classifier": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match=r"Closest names: 'head\.bias'\.$"):
+        assign_rules(model, [DecayRule("b", pattern=r"^heda\.bias$"), "default"])
 
 
 def test_rules_that_may_match_nothing():
