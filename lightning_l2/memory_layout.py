@@ -89,7 +89,5 @@ def in_order(numbers: list[Tensor], order: list[int]) -> Tensor:
     device = next((device for device in devices if device.type != "cpu"), devices[0])
     # non_blocking: a waiting copy to an accelerator would stall the host, and none goes from it to the host
     together = torch.cat([values.to(device, wide_dtype(device), non_blocking=True) for values in numbers])
-    if order == list(range(len(order))):
-        return together
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return together.index_select(0, torch.tensor(places).to(device, non_blocking=True))
+    places = torch.tensor(order).to(device, non_blocking=True)
+    return torch.empty_like(together).index_copy_(0, places, together)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_l2.memory_layout import BLOCK, at_least_fp32, blocks, in_order, memory_order, plain_part, wide_dtype
+from lightning_l2.memory_layout import at_least_fp32, blocks, in_order, memory_order, plain_part, wide_dtype
 from lightning_l2.sharding import is_zero3, sum_over_shards
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ROW = 512
 CELL, SMALLEST_CELL = 64, 8  # elements that small tensors are measured by, the more the faster
 SMALL = 8_192  # elements up to which a call costs more than a copy, so that tensors share calls
+PACK = 32_768  # elements that small tensors are copied by: more would need two threads, and leave a core's cache
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _USUAL = frozenset((Tensor, nn.Parameter))
@@ -142,7 +143,7 @@ def _packed(tensors: list[Tensor]) -> Tensor:
     cell = cell if cell >= SMALLEST_CELL else CELL
     norms, start = [], 0
     while start < len(tensors):
-        stop = bisect(ends, ends[start] - sizes[start] + BLOCK)
+        stop = bisect(ends, ends[start] - sizes[start] + PACK)
         flat = _flatten(_filled_up(tensors[start:stop], sizes[start:stop], cell))
         norms.append(_vector_norm(flat.to(at_least_fp32(flat)).view(-1, cell), 2.0, 1))
         start = stop
@@ -171,7 +172,7 @@ def _in_rows(tensors: list[Tensor]) -> Tensor:
                 flat, rests[index] = torch.split(flat, [flat.numel() - rest, rest])
             tensor = flat.view(-1, ROW)
         norms.append(_vector_norm(tensor, 2.0, 1))
-    squares = _sums(torch.cat(norms), list(map(len, norms)))
+    squares = _sums(torch.cat(norms), [of_rows.numel() for of_rows in norms])
     return squares.index_add_(0, torch.tensor(list(rests)), _packed(list(rests.values()))) if rests else squares
 
 
