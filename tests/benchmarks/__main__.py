@@ -42,11 +42,7 @@ def main() -> None:
     if "steps" in chosen:
         steps.monitors(device, arguments.quick)
     if "penalty" in chosen:
-        print("\n### A step with the penalty in the loss: median, over native decay, allocated over no decay\n")
-        for model_name, make_model in penalty.MODELS.items():
-            for optimizer_name, make_optimizer in penalty.OPTIMIZERS.items():
-                print(f"{model_name}, {optimizer_name}:")
-                penalty.measure(make_model, make_optimizer, rounds=40)
+        penalty.penalties()
     if "scheduling" in chosen:
         scheduling.scheduling()
     if "memory" in chosen:

@@ -1,16 +1,12 @@
 """What the penalty costs: a training step with it over one with native weight decay, and the autograd snippet beside.
 
-    python -m tests.benchmarks.penalty
-
-All variants take turns in one process, and the ratio of medians is printed, so that a busy machine changes little.
 Extra memory is what a variant allocates between the end of the forward pass and the optimizer's step.
 """
 
 from __future__ import annotations
 
-import argparse
+import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +16,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_l2.penalty import L2Objective, Penalised
+from tests.benchmarks.timing import now, table
 
 LAMBDA = 1e-2
+VARIANTS = ("no decay", "native", "L2Penalty", "autograd snippet")
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "200 small tensors": lambda: nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(100)]),
     "4 large matrices": lambda: nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(4)]),
@@ -81,33 +79,38 @@ def variant(name: str, make_model: Callable[[], nn.Module], make_optimizer: Any)
     return step, allocated.bytes
 
 
-def measure(make_model: Callable[[], nn.Module], make_optimizer: Any, rounds: int) -> None:
-    """Print the time of each variant over that of native decay, and what it allocates."""
-    names = ("no decay", "native", "L2Penalty", "autograd snippet")
-    steps, allocated = zip(*(variant(name, make_model, make_optimizer) for name in names), strict=True)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def measure(make_model: Callable[[], nn.Module], make_optimizer: Any, rounds: int) -> dict[str, tuple[float, int]]:
+    """Return the seconds of each variant's step, and the bytes it allocates over a step without any decay."""
+    steps, allocated = zip(*(variant(name, make_model, make_optimizer) for name in VARIANTS), strict=True)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    contenders = list(zip(VARIANTS, steps, strict=True))
     for _ in range(rounds):
-        for name, step in zip(names, steps, strict=True):
-            start = time.perf_counter()
+        random.shuffle(contenders)  # what ran just before leaves its mark in the caches
+        for name, step in contenders:
+            start = now()
             step()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, total in zip(names, allocated, strict=True):
-        more = (total - allocated[0]) / 2**20
-        print(f"    {name:18} {medians[name] * 1e3:8.3f} ms {medians[name] / medians['native']:6.3f} {more:+8.2f} MiB")
+            seconds[name].append(now() - start)
+    return {
+        name: (statistics.median(seconds[name]), total - allocated[0])
+        for name, total in zip(VARIANTS, allocated, strict=True)
+    }
 
 
-def main() -> None:
-    """Measure all models with all optimizers."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=100, help="steps of each variant")
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
+def penalties(rounds: int = 100) -> None:
+    """Time over that of native decay, and memory, by model and optimizer."""
+    torch.set_flush_denormal(True)  # gradients that vanish would slow down whoever adds nothing to them
+    rows = []
     for model_name, make_model in MODELS.items():
         for optimizer_name, make_optimizer in OPTIMIZERS.items():
-            print(f"{model_name}, {optimizer_name}: median step, over native decay, allocated over no decay")
-            measure(make_model, make_optimizer, rounds)
-
-
-if __name__ == "__main__":
-    main()
+            found = measure(make_model, make_optimizer, rounds)
+            native = found["native"][0]
+            rows.append(
+                [
+                    f"{model_name}, {optimizer_name}",
+                    f"{native * 1e3:.1f} ms",
+                    *(f"{seconds / native:.3f}, {extra / 2**20:+.1f} MiB" for seconds, extra in found.values()),
+                ]
+            )
+    torch.set_flush_denormal(False)
+    head = ["model", "native step", *VARIANTS]
+    table("The penalty in the loss: time over native decay, allocated over no decay", head, rows)
