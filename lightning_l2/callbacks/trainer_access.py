@@ -127,9 +127,7 @@ def optimizer_number(trainer: pl.Trainer, optimizer: Any) -> int | None:
 
 def bare_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
     """Return the optimizers of the module, without Lightning's wrapper and stand-in for none, looked up afresh."""
-    optimizers: list[Any] = list(trainer.optimizers)
-    bare = [bare_optimizer(optimizer) for optimizer in optimizers]
-    return [optimizer for optimizer in bare if not isinstance(optimizer, _MockOptimizer)]
+    return [bare for bare in map(bare_optimizer, trainer.optimizers) if not isinstance(bare, _MockOptimizer)]
 
 
 def unscales_in_step(trainer: Any, optimizer: torch.optim.Optimizer) -> bool:

@@ -113,9 +113,9 @@ class WeightDecayScheduler(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Set lambda of schedules that read gradients, which are complete and unscaled only now, and of new groups."""
-        groups = bare_optimizer(optimizer).param_groups
-        if any("weight_decay" in group and "weight_decay_multiplier" not in group for group in groups):
-            self._apply(trainer, self._index(trainer))  # of parameters that were lazy
+        if self._fit.waits_for_groups:
+            self._apply(trainer, self._index(trainer))
+            self._fit.waits_for_groups = False
         if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "gradients":
             number = optimizer_number(trainer, optimizer)
             if number is not None:
@@ -189,7 +189,7 @@ class WeightDecayScheduler(Callback):
                 "WeightDecayScheduler has nothing to schedule: the weight decay of every parameter group is 0. "
                 "Give the optimizer a weight_decay, or add the callback WeightDecay(weight_decay=...)."
             )
-        self._fit.checked = True
+        self._fit.checked, self._fit.waits_for_groups = True, undecided
 
     def _apply(self, trainer: pl.Trainer, index: int) -> None:
         if isinstance(self.schedule, FeedbackSchedule):
@@ -252,11 +252,16 @@ def _probe(schedule: Schedule, length: int) -> None:
 
 @dataclass
 class _Fit:
-    """What is known of the running fit: the schedule's length, and what is hidden while a checkpoint is taken."""
+    """What is known of the running fit.
+
+    The schedule's length, whether groups are still to come once lazy parameters have their shape, and what is hidden
+    while a checkpoint is taken.
+    """
 
     optimizers: list[Optimizer]
     length: int
     checked: bool = False
+    waits_for_groups: bool = False
     hidden: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
 
     def hide(self) -> None:
