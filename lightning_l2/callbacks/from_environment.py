@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_l2.callbacks.trainer_access import Callback
+from lightning_l2.extras import brought_by
 
 VARIABLE = "LIGHTNING_L2_CONFIG"
 
@@ -24,7 +25,7 @@ def callbacks_from_environment() -> list[Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds anything else.
-        ImportError: If jsonargparse isn't installed.
+        ModuleNotFoundError: If jsonargparse isn't installed.
 
     >>> callbacks_from_environment()
     []
@@ -34,11 +35,8 @@ def callbacks_from_environment() -> list[Any]:
         return []
     if not Path(path).is_file():
         raise FileNotFoundError(f"{VARIABLE} names the file {path!r}, which doesn't exist. Correct it or unset it.")
-    try:
+    with brought_by("cli", f"{VARIABLE} needs"):
         from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise ImportError(f'{VARIABLE} needs jsonargparse: pip install "lightning_l2[cli]".') from error
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback], required=True)
     try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_l2.extras import brought_by
 from lightning_l2.plots.schedule import plot_schedule
 from lightning_l2.rules import Rules, resolve_rules
 from lightning_l2.schedules import FeedbackSchedule, Schedule
@@ -102,13 +103,8 @@ def _length(*candidates: int | None) -> int | None:
 
 def _parse(kind: object, value: object) -> Any:
     """Build an object from YAML as LightningCLI does."""
-    try:
+    with brought_by("cli", "To read a configuration needs"):
         from jsonargparse import ArgumentParser
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "A configuration is read with jsonargparse, which is not installed. "
-            'Get it with `pip install "lightning_l2[cli]"`.'
-        ) from error
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_l2.extras import brought_by
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -26,12 +28,8 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    try:
+    with brought_by("plots", "Pictures need"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'Pictures need matplotlib, which is not installed. Get it with `pip install "lightning_l2[plots]"`.'
-        ) from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 

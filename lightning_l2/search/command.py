@@ -68,7 +68,7 @@ def search_command(arguments: Sequence[str]) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         project = Project(rest, **vars(given))
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     return _search(project)
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_l2.extras import brought_by
 from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.suggestion import Trial
@@ -196,12 +197,8 @@ class _Parsed(Exception):
 
 def _search_cli(path: str | None) -> Any:
     """Return a LightningCLI that parses a command line, or builds what a configuration describes without training."""
-    try:
+    with brought_by("search", "The command line needs"):
         import_module("jsonargparse")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'The command line needs jsonargparse. Install it with: pip install "lightning_l2[search]"'
-        ) from error
     from lightning.pytorch.cli import LightningCLI
 
     base: Any = LightningCLI if path is None else import_class(path)

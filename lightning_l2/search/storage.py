@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_l2.extras import brought_by
+
 if TYPE_CHECKING:
     import optuna
 
@@ -22,13 +24,8 @@ def import_optuna() -> Any:
     Raises:
         ModuleNotFoundError: If it isn't installed, with the command that installs it.
     """
-    try:
+    with brought_by("search", "A search for weight decay needs"):
         import optuna
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "A search for weight decay needs Optuna, which isn't installed. "
-            'Install it with: pip install "lightning_l2[search]"'
-        ) from error
     return optuna
 
 
