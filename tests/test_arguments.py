@@ -24,9 +24,10 @@ from lightning_l2.alarms import NormAlarms
 from lightning_l2.arguments import check_types
 from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.project import SearchOptions
+from tests.test_schedules import CLOSED_FORMS
 
 LINEAR = schedules.LinearSchedule(1.0, 2.0)
-# Everything that a user builds, with the arguments that it can't do without.
+# Everything that a user builds, with arguments, at least those that it can't do without.
 PUBLIC: dict[Any, dict[str, Any]] = {
     lightning_l2.WeightDecay: {},
     lightning_l2.WeightDecayScheduler: {"schedule": LINEAR},
@@ -40,19 +41,7 @@ PUBLIC: dict[Any, dict[str, Any]] = {
     Range: {"low": 0.1, "high": 1.0},
     SearchPlan: {},
     SearchOptions: {},
-    schedules.ConstantSchedule: {},
-    schedules.LinearSchedule: {"start": 1.0, "end": 2.0},
-    schedules.CosineSchedule: {"start": 1.0, "end": 2.0},
-    schedules.ExponentialSchedule: {"start": 1.0, "end": 2.0},
-    schedules.PolynomialSchedule: {"start": 1.0, "end": 2.0, "power": 2.0},
-    schedules.InverseSquareRootSchedule: {"start": 1.0, "timescale": 0.1},
-    schedules.StepSchedule: {"milestones": [0.5], "factors": [2.0]},
-    schedules.PiecewiseSchedule: {"points": [(0.0, 1.0), (1.0, 2.0)]},
-    schedules.WarmupSchedule: {"fraction": 0.1, "then": LINEAR},
-    schedules.SequenceSchedule: {"schedules": [LINEAR, LINEAR], "milestones": [0.5]},
-    schedules.CyclicSchedule: {"start": 1.0, "peak": 2.0},
-    schedules.CosineRestartsSchedule: {"start": 1.0, "end": 2.0, "cycles": 2},
-    schedules.OneCycleSchedule: {"start": 1.0, "peak": 2.0, "end": 0.0},
+    **{type(schedule): vars(schedule) for schedule, _ in CLOSED_FORMS},
     schedules.PlateauSchedule: {"monitor": "val_loss"},
     schedules.LRSchedule: {},
     adaptive.AlphaDecay: {},
