@@ -218,11 +218,8 @@ class GroupSplit:
 
     def origin(self, index: int) -> tuple[int, str | None, str]:
         """Return of the group at `index` its parent's index, the name that the user gave that one, and its own."""
-        for number, parent in enumerate(self._parents):
-            if index < parent.children:
-                return number, parent.own.get("name"), parent.names[index]
-            index -= parent.children
-        raise IndexError(index)
+        parents = enumerate(self._parents)
+        return [(number, parent.own.get("name"), name) for number, parent in parents for name in parent.names][index]
 
     def _select_in_schedulers(self, sources: Sequence[int]) -> list[PerGroupValues]:
         return select_per_group(self._schedulers(), self.optimizer, sources, self._declared)

@@ -57,6 +57,7 @@ def test_resolve_rejects_a_base_that_is_no_weight_decay(base):
         ({"modules": [""]}, TypeError, "Rule 'a': modules must be classes or names of classes, got ''."),
         ({"modules": 3}, TypeError, "Rule 'a': modules must be classes or names of classes, got 3."),
         ({"pattern": 3}, TypeError, "Rule 'a': pattern must be a string, got 3."),
+        ({"optional": "no"}, TypeError, "DecayRule needs `optional` to be bool, but got 'no' of type str."),
         (
             {"pattern": "(head"},
             ValueError,

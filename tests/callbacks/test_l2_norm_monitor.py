@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.alarms import NormAlarms
 from lightning_l2.norm_options import NormOptions
-from tests.helpers import Net, data, make_trainer
+from tests.helpers import Net, ValidatedNet, data, make_trainer
 
 EVERYTHING: dict[str, Any] = {
     "per": "parameter",
@@ -888,3 +888,33 @@ def test_print_config_round_trip_and_help(
     text = capsys.readouterr().out
     assert "how far the weights turned" in text
     assert "--trainer.callbacks.alarms" in text or "alarms" in text
+
+
+def test_totals_are_there_at_a_validation_within_the_first_window() -> None:
+    class Look(pl.Callback):
+        def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                exact = vector(Saved.weights(module)).norm()
+                seen.append(trainer.callback_metrics["l2_norm/total"].item() / exact.item())
+
+    seen: list[float] = []
+    trainer = make_trainer(
+        [L2NormMonitor(), Look()], accumulate_grad_batches=4, val_check_interval=2, log_every_n_steps=1
+    )
+    trainer.fit(ValidatedNet(), data(), data())
+    assert seen[0] == pytest.approx(1.0, rel=1e-6)
+    assert len(seen) == 4
+
+
+def test_a_model_without_parameters_has_nothing_to_log() -> None:
+    class Empty(pl.LightningModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.zeros((), requires_grad=True)
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    rows = Rows()
+    with pytest.warns(UserWarning, match="configure_optimizers"):
+        make_trainer([L2NormMonitor()], logger=rows, log_every_n_steps=1).fit(Empty(), data())
+    assert not any(key.startswith("l2_norm") for row in rows.rows.values() for key in row)

@@ -446,6 +446,29 @@ def test_lazy_layers() -> None:
     assert end == pytest.approx(start * (1 - 0.1 * LAMBDA) ** 6, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_where_the_module_calls_backward_itself() -> None:
+    class Own(Still):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = nn.LazyLinear(1, bias=False)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            (self.late(batch[0]) * 0.0).sum().backward()
+            self.before = self.late.weight.detach().clone()
+            self.optimizers().step()
+
+        def configure_optimizers(self) -> Optimizer:
+            return sgd(self.parameters())
+
+    module = Own()
+    weights = fit(module, L2Penalty(LAMBDA), loader=batches(1))
+    torch.testing.assert_close(weights["late.weight"], module.before * (1 - 0.1 * LAMBDA))
+
+
 def test_a_line_search_on_lazy_layers_sees_the_penalty_from_the_first_step_on() -> None:
     class Lazy(Regression):
         def __init__(self, lazy: bool) -> None:

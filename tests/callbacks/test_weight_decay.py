@@ -14,9 +14,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_l2 import DecayRule, WeightDecay
+from lightning_l2 import DecayRule, WeightDecay, WeightDecayScheduler
 from lightning_l2.convert import GaussianPrior, Normalised, Timescale
-from tests.helpers import DECAYED, EXEMPT, Net, Shrinking, batches, data, make_trainer
+from lightning_l2.schedules import LinearSchedule
+from tests.helpers import (
+    DECAYED,
+    EXEMPT,
+    Net,
+    Shrinking,
+    assert_same_weights,
+    batches,
+    data,
+    hand_grouped,
+    make_trainer,
+    stream,
+)
 
 LR, DECAY = 0.1, 0.3
 
@@ -95,6 +107,12 @@ def test_a_conversion_knows_the_samples() -> None:
     callback = WeightDecay(GaussianPrior(sigma=0.5), summary=False)
     make_trainer([callback]).fit(Net(), data())
     assert callback.summary()[0].weight_decay == pytest.approx(1 / (32 * 0.25))
+
+
+def test_a_conversion_asks_for_what_data_without_a_length_cannot_tell() -> None:
+    callback = WeightDecay(GaussianPrior(sigma=0.5), summary=False)
+    with pytest.raises(ValueError, match=r"samples"):
+        make_trainer([callback]).fit(Net(), stream(4))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +244,26 @@ def test_lazy_parameters_are_decided_once_they_have_a_shape() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("apply", ["optimizer", "decoupled"])
+def test_lazy_parameters_where_the_module_calls_backward_itself(apply: Any) -> None:
+    """No hook comes between the forward pass and such a call."""
+
+    class Own(Lazy):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            super().training_step(batch, batch_idx).backward()
+            self.before = self.net[0].weight.detach().clone()
+            self.optimizers().step()
+
+    model, callback = Own(), WeightDecay(DECAY, apply=apply, summary=False)
+    make_trainer([callback]).fit(model, batches(1))
+    torch.testing.assert_close(model.net[0].weight.detach(), model.before * (1 - LR * DECAY), rtol=1e-6, atol=0)
+    assert [row.group for row in callback.summary()] == ["decay", "no_decay"]
+
+
 class WithLoss(Net):
     """A module whose optimizer has a tensor more than the module's own parameters."""
 
@@ -322,3 +360,38 @@ def test_group_names_are_unique_over_optimizers() -> None:
     assert [row.group for row in callback.summary()] == [
         *("optimizer0/decay", "optimizer0/no_decay", "optimizer1/decay", "optimizer1/no_decay")
     ]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: WeightDecay(0.1, summary=False), lambda: WeightDecayScheduler(LinearSchedule(1.0, 2.0))]
+)
+def test_a_second_one_that_comes_after_the_trainer_is_refused(make: Any) -> None:
+    trainer = make_trainer([make()])
+    trainer.callbacks.append(make())
+    with pytest.raises(MisconfigurationException, match=r"The Trainer has 2 \w+ callbacks.*Keep one"):
+        trainer.fit(Net(), data())
+
+
+def test_a_rollback_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """Callbacks that go back to a checkpoint after a bad batch restore the optimizer in the user's layout."""
+
+    class Rollback(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                trainer.save_checkpoint(tmp_path / "good.ckpt")
+            if batch_idx == 4:
+                trainer._checkpoint_connector.resume_start(tmp_path / "good.ckpt", weights_only=True)
+                trainer._checkpoint_connector.restore_callbacks()
+                trainer._checkpoint_connector.restore_model()
+                trainer._checkpoint_connector.restore_optimizers()
+                trainer._checkpoint_connector.resume_end()
+            if batch_idx > 4:
+                groups = trainer.optimizers[0].param_groups
+                assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+    model = Net()
+    make_trainer([WeightDecay(0.3, summary=False), Rollback()]).fit(model, batches(8))
+    plain = Net(grouped=hand_grouped(0.3))
+    plain.load_state_dict(torch.load(tmp_path / "good.ckpt", weights_only=True)["state_dict"])
+    make_trainer().fit(plain, batches(3))
+    assert_same_weights(model, plain)

@@ -461,3 +461,15 @@ def test_a_tensor_data_set_is_not_copied() -> None:
     (tensor,) = loader.dataset.tensors
     with working_on_copies([], data=data_holders([loader])):
         assert loader.dataset.tensors[0] is tensor
+
+
+def test_a_training_that_began_without_the_finder_goes_on_without_a_search(tmp_path: Path) -> None:
+    make_trainer([WeightDecay(0.1, summary=False)]).fit(model := Net(), data())
+    make_trainer([WeightDecay(0.1, summary=False), keep := ModelCheckpoint(tmp_path)], enable_checkpointing=True).fit(
+        model, data()
+    )
+    decay = WeightDecay(0.1, summary=False)
+    finder = WeightDecayFinder(trials=2, steps=2)
+    make_trainer([decay, finder], max_epochs=2).fit(Net(), data(), ckpt_path=keep.best_model_path)
+    assert finder.result is None
+    assert decay.weight_decay == 0.1

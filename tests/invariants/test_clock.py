@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
@@ -305,3 +306,15 @@ def test_each_optimizer_keeps_its_own_base() -> None:
     make_trainer(callbacks()).fit(model, batches(10))
     check(10 * np.array(model.watches[1].of("head.weight")), evenly(10))
     check(10 * np.array(model.watches[0].of("body.0.weight")), 3 * evenly(10)[model.stepped[False]])
+
+
+def test_max_steps_of_several_optimizers_is_no_length() -> None:
+    model = Manual(raw=False)
+    with pytest.raises(MisconfigurationException, match=r"`max_steps=7` counts the steps of every optimizer.*total_st"):
+        make_trainer(callbacks(), max_steps=7, max_epochs=-1).fit(model, batches(10))
+    assert not model.watches[0].steps
+
+
+def test_interval_epoch_without_an_end_asks_for_total_steps() -> None:
+    with pytest.raises(MisconfigurationException, match=r"number of epochs is unknown.*Give `total_steps`, in epochs"):
+        make_trainer(callbacks(interval="epoch"), max_epochs=-1).fit(Shrinking(), batches(10))

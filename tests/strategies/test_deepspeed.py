@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler
+from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.adaptive import AdaptiveDecay, StableDecay
 from lightning_l2.norms import squared_norms
 from lightning_l2.schedules import LinearSchedule
@@ -239,6 +239,20 @@ def test_norms_are_those_of_the_module() -> None:
 def test_gradients_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"(?s)gradients.*DeepSpeed keeps to itself.*Leave the option"):
         fit([L2NormMonitor(gradients=True)])
+
+
+@pytest.mark.parametrize(
+    ("callback", "way_out"),
+    [
+        (WeightDecay(0.3, apply="decoupled"), "Use apply='optimizer'"),
+        (L2Penalty(0.3), "Use WeightDecay instead"),
+        (NormConstraint(1.0), "DeepSpeed"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_reach_the_step_is_refused(callback: Any, way_out: str) -> None:
+    with pytest.raises(MisconfigurationException, match=way_out):
+        fit([callback])
 
 
 @pytest.mark.parametrize("schedule", [StableDecay(), AdaptiveDecay()])
