@@ -6,7 +6,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -313,6 +313,15 @@ MISUSES = [
 def test_misuse_is_a_clear_error(misuse: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         misuse()
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
+@pytest.mark.parametrize("schedule", {type(schedule): schedule for schedule, _ in CLOSED_FORMS}.values(), ids=repr)
+def test_every_multiplier_of_every_schedule_is_checked(schedule: Schedule, value: float) -> None:
+    multipliers = {"value", "start", "end", "peak"} & set(vars(schedule))
+    for name in multipliers:
+        with pytest.raises(ValueError, match=rf"{type(schedule).__name__} needs a finite `{name}`"):
+            replace(schedule, **{name: value})
 
 
 FEEDBACK = [PlateauSchedule("val_loss", factor=2.0, max_multiplier=8.0), LRSchedule(), LRSchedule(max_lr=0.1)]
