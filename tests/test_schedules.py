@@ -289,7 +289,7 @@ MISUSES = [
     (lambda: SequenceSchedule([ConstantSchedule()] * 2, [1.0]), ValueError, "above 0 and below 1.*no place"),
     (lambda: SequenceSchedule([ConstantSchedule()] * 3, [0.6, 0.5]), ValueError, MILESTONES.format("milestones")),
     (lambda: CyclicSchedule(1.0, 2.0, cycles=0), ValueError, "from 1 to 1000 `cycles`, but got 0"),
-    (lambda: CosineRestartsSchedule(1.0, 2.0, cycles=10**9), ValueError, "from 1 to 1000 `cycles`"),
+    (lambda: CosineRestartsSchedule(1.0, 2.0, cycles=1001), ValueError, "from 1 to 1000 `cycles`"),
     (lambda: CyclicSchedule(1.0, 2.0, cycles=1.5), TypeError, "`cycles` to be int, but got 1.5"),
     (lambda: CyclicSchedule(1.0, 2.0, rise=0.0), ValueError, "`rise` above 0 and below 1, but got 0.0"),
     (lambda: OneCycleSchedule(1.0, 2.0, 1.0, rise=1.0), ValueError, "`rise` above 0 and below 1"),
