@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -36,11 +36,18 @@ def check_types(owner: type, arguments: Mapping[str, object]) -> None:
     annotated: Any = owner if is_dataclass(owner) else owner.__init__  # type: ignore[misc]  # of that very class
     for name, hint in get_type_hints(annotated).items():
         if name in arguments and not _fits(arguments[name], hint):
-            wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"\b[a-z]\w*\.", "", str(hint))
             raise TypeError(
-                f"{owner.__name__} needs `{name}` to be {wanted}, but got {reprlib.repr(arguments[name])} of type "
-                f"{type(arguments[name]).__name__}."
+                f"{owner.__name__} needs `{name}` to be {_named(hint)}, but got {reprlib.repr(arguments[name])} of "
+                f"type {type(arguments[name]).__name__}."
             )
+
+
+def _named(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_named, get_args(hint)))
+    if get_origin(hint) is None and isinstance(hint, type):
+        return "None" if hint is NoneType else hint.__name__
+    return re.sub(r"\b[a-z]\w*\.", "", str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

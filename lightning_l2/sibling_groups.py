@@ -45,7 +45,7 @@ class SharedOptions:
     def align(self, siblings: Sequence[dict[str, Any]]) -> None:
         """Give to all siblings what somebody wrote to one of them; where two got different values, leave them."""
         first, *others = siblings
-        self._note_new_keys(siblings)
+        self._note_keys(siblings)
         for key, marks in self._marks.items():
             self._marks[key] = _align_tensors([sibling[key] for sibling in siblings], marks)
         values = [first.get(key) for key in self._values]
@@ -60,8 +60,11 @@ class SharedOptions:
                 for sibling in siblings:
                     sibling[key] = changed[0]
 
-    def _note_new_keys(self, siblings: Sequence[Mapping[str, Any]]) -> None:
+    def _note_keys(self, siblings: Sequence[Mapping[str, Any]]) -> None:
+        """Note keys that are new, and those that hold a number now where a tensor was."""
         first = siblings[0]
+        for key in [key for key in self._marks if not isinstance(first[key], torch.Tensor)]:
+            del self._marks[key]
         for key in first.keys() - self._values.keys() - self._marks.keys() - OWN_KEYS:
             if isinstance(first[key], torch.Tensor):
                 self._marks[key] = _marks([sibling[key] for sibling in siblings])

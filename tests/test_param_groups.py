@@ -293,6 +293,17 @@ def test_a_tensor_that_every_group_changes_in_place_changes_once() -> None:
     assert optimizer.param_groups[0]["lr"] is lr
 
 
+def test_a_number_may_take_the_place_of_a_tensor() -> None:
+    """Older schedulers of torch write numbers over learning rates that were tensors."""
+    optimizer, split, _ = tensor_groups()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.25
+    split.align()
+    optimizer.param_groups[1]["lr"] = 0.75
+    split.align()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.75, 0.75]
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_tensor_that_somebody_fills_is_the_one_of_all_siblings(index: int) -> None:
     optimizer, split, lr = tensor_groups()
