@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_l2.norms import squared_norms
+from lightning_l2.memory_layout import at_least_fp32, wide_dtype
+from lightning_l2.norms import ROW, squared_norms
 from lightning_l2.sharding import local_part, sum_over_shards
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 Per = Literal["parameter", "row", "group"]
 _T = TypeVar("_T")
-
-CHUNK = 512
-"""Elements whose squares are summed in fp32; sums of longer stretches go on in float64."""
 
 
 class ConstrainedVectors:
@@ -142,7 +140,7 @@ class ConstrainedVectors:
             return values[0]
         device = _local(self.tensors[0]).device
         # non_blocking: a copy that waits would stall the host
-        return torch.tensor(values, dtype=_wide(device)).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=wide_dtype(device)).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -263,7 +261,7 @@ def _row_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the squared norms of the rows in the local shards, summed over shards that hold parts of the same row."""
     norms = [_row_norms(_local(tensor)) for tensor in tensors]
     joined = torch.cat(norms)
-    squares = joined.to(_wide(joined.device)).square()
+    squares = joined.to(wide_dtype(joined.device)).square()
     # One collective for all tensors whose rows are cut over the same processes.
     cut: dict[ProcessGroup, list[Tensor]] = {}
     for part, tensor in zip(torch.split_with_sizes(squares, list(map(len, norms))), tensors, strict=True):
@@ -282,18 +280,14 @@ def _row_norms(tensor: Tensor) -> Tensor:
     """Return the norm of each row of a plain tensor."""
     if tensor.ndim == 1:
         return tensor.abs()
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    dtype = at_least_fp32(tensor)
     length = tensor[:1].numel()
-    if length <= CHUNK:
+    if length <= ROW:
         norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=dtype)
         return norms
     # In the order of memory, so that a row of any dense layout is one line of it.
     lines = tensor.permute(0, *sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True)).flatten(1)
-    whole = length - length % CHUNK
-    chunks = torch.linalg.vector_norm(torch.unflatten(lines[:, :whole], 1, (-1, CHUNK)), dim=2, dtype=dtype)
+    whole = length - length % ROW
+    chunks = torch.linalg.vector_norm(torch.unflatten(lines[:, :whole], 1, (-1, ROW)), dim=2, dtype=dtype)
     rest = torch.linalg.vector_norm(lines[:, whole:], dim=1, keepdim=True, dtype=dtype)
-    return torch.cat([chunks, rest], 1).to(_wide(tensor.device)).square().sum(1).sqrt()
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.cat([chunks, rest], 1).to(wide_dtype(tensor.device)).square().sum(1).sqrt()

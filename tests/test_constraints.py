@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_l2.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
 from lightning_l2.constraints import (
-    CHUNK,
     ConstrainedVectors,
     Per,
     ball_factors,
@@ -21,8 +20,9 @@ from lightning_l2.constraints import (
     lagrangian_multipliers,
     project_,
 )
+from lightning_l2.norms import ROW
 
-SHAPES = [(), (1,), (7,), (3, 5), (4, 3, 2, 2), (2, CHUNK + 3), (2, 3 * CHUNK)]
+SHAPES = [(), (1,), (7,), (3, 5), (4, 3, 2, 2), (2, ROW + 3), (2, 3 * ROW)]
 
 
 def norms_of(tensors: list[Tensor], per: str) -> list[float]:
@@ -144,7 +144,7 @@ tensors_of = st.builds(
         st.one_of(
             st.tuples(st.integers(1, 20)),
             st.tuples(st.integers(1, 8), st.integers(1, 40)),
-            st.tuples(st.integers(1, 3), st.integers(CHUNK, 2 * CHUNK + 1)),
+            st.tuples(st.integers(1, 3), st.integers(ROW, 2 * ROW + 1)),
         ),
         min_size=1,
         max_size=4,
