@@ -206,6 +206,7 @@ def test_multiplying() -> None:
             ["optimizer0/a/d", "optimizer0/b/d", "optimizer1/a/d"],
         ),
         ([(0, 1, None, "decay")], ["decay"], ["group1/decay"]),
+        ([(0, 0, None, "decay"), (1, 1, None, "decay")], [], ["optimizer0/decay", "optimizer1/decay"]),
         ([(0, 0, None, "decay")] * 3, [], ["decay", "part2/decay", "part3/decay"]),
         (
             [(0, 0, None, "decay"), (0, 0, None, "decay"), (0, 1, None, "decay")],
