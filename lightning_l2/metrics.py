@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from lightning_l2.norms import squared_norms
 from lightning_l2.param_groups import weight_decay_in_force
-from lightning_l2.sharding import flat_shards
+from lightning_l2.sharding import flat_shards, is_flat_piece
 
 Statistic: TypeAlias = Literal["last", "mean", "min", "max", "std"]
 Parameters: TypeAlias = Tensor | nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -26,11 +26,18 @@ def l2_norm(parameters: Parameters) -> Tensor:
     Returns:
         Shape `()`, float64 where the device has it.
 
+    Raises:
+        ValueError: If FSDP1 has cut parameters into pieces, and the module is not given that knows the others.
+
     >>> l2_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5., dtype=torch.float64)
     """
     tensors = _tensors(parameters)
-    shards = flat_shards(parameters) if isinstance(parameters, nn.Module) else {}
+    shards: Mapping[int, Any] = {}
+    if isinstance(parameters, nn.Module) and any(map(_is_fsdp1, parameters.modules())):
+        shards = flat_shards(parameters)
+    else:
+        _check_whole(tensors, "Give the outermost module instead of them.")
     return squared_norms(tensors, [shards.get(id(tensor)) for tensor in tensors]).sum().sqrt()
 
 
@@ -43,11 +50,16 @@ def l2_penalty(param_groups: Iterable[Mapping[str, Any]]) -> Tensor:
     Returns:
         Shape `()`, float64 where the device has it.
 
+    Raises:
+        ValueError: If FSDP1 has cut parameters into pieces.
+
     >>> l2_penalty([{"params": [torch.tensor([3.0, 4.0])], "weight_decay": 0.1}])
     tensor(1.2500, dtype=torch.float64)
     """
     groups = [(weight_decay_in_force(group), list(group["params"])) for group in param_groups]
-    squares = squared_norms([parameter for _, parameters in groups for parameter in parameters])
+    tensors = [parameter for _, parameters in groups for parameter in parameters]
+    _check_whole(tensors, "Use L2NormMonitor, which logs the penalty, or FSDP2.")
+    squares = squared_norms(tensors)
     penalty, start = squares.new_zeros(()), 0
     for weight_decay, parameters in groups:
         penalty = penalty + weight_decay / 2 * squares[start : start + len(parameters)].sum()
@@ -203,3 +215,14 @@ def _tensors(parameters: Parameters) -> list[Tensor]:
     if isinstance(parameters, nn.Module):
         return list(parameters.parameters())
     return list(parameters.values() if isinstance(parameters, Mapping) else parameters)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+
+
+def _check_whole(tensors: Sequence[Tensor], way_out: str) -> None:
+    if any(map(is_flat_piece, tensors)):
+        raise ValueError(
+            f"FSDP1 has cut the parameters into pieces, which don't tell what the other processes have. {way_out}"
+        )

@@ -153,10 +153,19 @@ def flat_shards(module: nn.Module) -> dict[int, ProcessGroup]:
     for wrapped in FullyShardedDataParallel.fsdp_modules(module):
         if wrapped.sharding_strategy != ShardingStrategy.NO_SHARD:
             for parameter in wrapped.parameters():
-                # torch's own mark; parameters in `ignored_states` don't have it and are whole
-                if getattr(parameter, "_fsdp_flattened", False) and wrapped.process_group is not None:
+                # parameters in `ignored_states` are whole
+                if is_flat_piece(parameter) and wrapped.process_group is not None:
                     groups[id(parameter)] = wrapped.process_group
     return groups
+
+
+def is_flat_piece(tensor: Tensor) -> bool:
+    """Return whether FSDP1 has put a parameter, or a piece of it, into a flat one; `flat_shards` tells which is which.
+
+    >>> is_flat_piece(torch.ones(2))
+    False
+    """
+    return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's own mark, which has no public name
 
 
 def show_shards(module: nn.Module) -> None:

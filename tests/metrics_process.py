@@ -8,11 +8,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
-from lightning_l2.metrics import L2Norm, L2Penalty
+from lightning_l2.metrics import L2Norm, L2Penalty, l2_norm, l2_penalty
 
 STATISTICS = {"last": lambda v: v[-1], "mean": statistics.fmean, "min": min, "max": max, "std": statistics.pstdev}
+REPLICATED = {"sharding_strategy": ShardingStrategy.NO_SHARD}
 
 
 def net(scale):
@@ -38,6 +39,18 @@ def fsdp1(scale):
     return FullyShardedDataParallel(net(scale), use_orig_params=True, device_id=torch.device("cpu"))
 
 
+def penalty_of(model):
+    return l2_penalty(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.2).param_groups)
+
+
+def is_refused(call):
+    try:
+        call()
+    except ValueError as error:
+        return "FSDP1 has cut the parameters" in str(error)
+    return False
+
+
 def work(rank, folder):
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     found = {}
@@ -52,6 +65,13 @@ def work(rank, folder):
     for scale in scales:
         metric.update(torch.optim.SGD(fsdp2(scale).parameters(), lr=0.1, weight_decay=0.2).param_groups)
     found["penalty"] = [metric.compute().item(), statistics.fmean(0.1 * square(s) for s in scales)]
+    for name, cut in {
+        "norm": lambda: l2_norm(fsdp1(1.0).parameters()),
+        "penalty": lambda: penalty_of(fsdp1(1.0)),
+    }.items():
+        found[f"fsdp1 {name} without the module"] = [float(is_refused(cut)), 1.0]
+    whole = FullyShardedDataParallel(net(1.0), use_orig_params=True, device_id=torch.device("cpu"), **REPLICATED)
+    found["replicated fsdp1"] = [l2_norm(whole).item(), square(1.0) ** 0.5]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

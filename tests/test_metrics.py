@@ -229,3 +229,14 @@ def test_two_processes_that_hold_the_same_weights(tmp_path: Path) -> None:
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, (value, expected) in found.items():
             assert value == pytest.approx(expected, rel=1e-6), name
+
+
+def test_pieces_of_fsdp1_are_refused_where_nothing_tells_the_others() -> None:
+    pieces = nn.Linear(2, 1, bias=False)
+    pieces.weight._fsdp_flattened = True
+    message = "FSDP1 has cut the parameters into pieces"
+    for parameters in (pieces.weight, [pieces.weight], {"weight": pieces.weight}, pieces):
+        with pytest.raises(ValueError, match=rf"{message}.*Give the outermost module"):
+            l2_norm(parameters)
+    with pytest.raises(ValueError, match=rf"{message}.*Use L2NormMonitor"):
+        l2_penalty([{"params": [pieces.weight], "weight_decay": 0.1}])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_l2.schedules import OptimizerLike
-from lightning_l2.sharding import has_flat_pieces
+from lightning_l2.sharding import has_flat_pieces, is_flat_piece
 
 HEAD = r"(?<![a-z])(lm_?head|head|output|classifier|logits)(?![a-z])"
 """Names that rules and groups of output layers go by."""
@@ -30,11 +30,11 @@ def check_pattern(schedule: object, name: str, pattern: str | None) -> None:
 
 def check_unflattened(schedule: object, optimizer: OptimizerLike) -> None:
     """Raise a `ValueError` if FSDP1 or DeepSpeed has flattened the parameters, so that no sums over them can be had."""
-    # torch's own mark; on FSDP2 a parameter is a DTensor, which knows its processes.
-    is_cut = any(getattr(p, "_fsdp_flattened", False) for group in optimizer.param_groups for p in group["params"])
+    # On FSDP2 a parameter is a DTensor, which knows its processes.
+    is_cut = any(is_flat_piece(parameter) for group in optimizer.param_groups for parameter in group["params"])
     if is_cut or has_flat_pieces(optimizer):
         raise ValueError(
             f"{type(schedule).__name__} sums over whole tensors, but {'FSDP1' if is_cut else 'DeepSpeed'} has "
-            f"flattened the parameters of "
-            f"{type(optimizer).__name__}. Use FSDP2 (ModelParallelStrategy) or DDP, or another schedule."
+            f"flattened the parameters of {type(optimizer).__name__}. Use FSDP2 (ModelParallelStrategy) or "
+            "DDP, or another schedule."
         )
