@@ -56,6 +56,9 @@ class NormConstraint(Callback):
     | `norm_constraint/multiplier` | largest $\Lambda$; of `lagrangian` only |
     | `norm_constraint/bound/<parameter or group>`, ... | the same of each, with `log_each` |
 
+    The first three are in `trainer.callback_metrics` from the first step of a fit on, so EarlyStopping and
+    ModelCheckpoint can monitor them.
+
     Args:
         bound: Largest L2 norm, in the unit of the weights, or where it comes from: one of `lightning_l2.bounds`.
         method: `"projection"` or `"lagrangian"`.
@@ -64,7 +67,7 @@ class NormConstraint(Callback):
         rules: Who is constrained: parameters that these rules give a weight decay. Exempt ones are left alone.
         update_rate: $\mu$ of `lagrangian`, dimensionless, by default 1 as in the paper. Take less for parameters whose
             mean square comes near 1, such as an `Embedding` as torch initialises it.
-        every_n_steps: Log every so many optimizer steps; by default as often as the Trainer logs.
+        every_n_steps: Log every so many optimizer steps; None is the Trainer's `log_every_n_steps`, 0 never.
         log_each: Whether to log every parameter or group as well.
         name: Prefix of the logged keys; several constraints in one Trainer need one each.
 
@@ -166,10 +169,13 @@ class NormConstraint(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Log what the last batch of a step led to."""
-        if is_logging_step(trainer, self.every_n_steps) and ends_step(trainer):
+        logged = is_logging_step(trainer, self.every_n_steps)
+        first = not self._fit.has_stepped and self.every_n_steps != 0
+        if (logged or first) and ends_step(trainer):
+            self._fit.has_stepped = True
             extremes, each = self._fit.metrics(self.name)
-            if extremes:
-                log_metrics(trainer, {**extremes, **(each if self.log_each else {})}, monitor=extremes)
+            shown = {**extremes, **(each if self.log_each else {})}
+            log_metrics(trainer, shown if logged else {}, monitor=extremes)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks off the optimizers."""
@@ -220,6 +226,7 @@ class _Fit:
         self.module = module
         self.outermost = outermost
         self.optimizers = optimizers
+        self.has_stepped = False
         self.constraints = [
             AttachedConstraint(
                 optimizer,

@@ -17,7 +17,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -410,6 +410,21 @@ def test_checkpoint_callback_can_monitor(tmp_path: Path) -> None:
     callbacks = [NormConstraint(0.5), checkpoint]
     make_trainer(callbacks, enable_checkpointing=True, log_every_n_steps=1).fit(Net(growing), batches(4))
     assert checkpoint.best_model_score is not None
+
+
+def test_early_stopping_can_monitor_before_the_first_logged_step(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    stopping = EarlyStopping("norm_constraint/slack", mode="max", check_on_train_epoch_end=True)
+    trainer = make_trainer([NormConstraint(0.5), stopping], logger=logger, log_every_n_steps=50)
+    trainer.fit(Net(growing), batches(4))
+    assert stopping.best_score.item() == trainer.callback_metrics["norm_constraint/slack"].item() != 0
+    assert not (Path(logger.log_dir) / "metrics.csv").exists()
+
+
+def test_nothing_is_logged_or_monitored_at_every_0_steps() -> None:
+    trainer = make_trainer([NormConstraint(0.5, every_n_steps=0)], log_every_n_steps=1)
+    trainer.fit(Net(growing), batches(4))
+    assert not any("norm_constraint" in key for key in trainer.callback_metrics)
 
 
 def test_beside_the_learning_rate_finder(tmp_path: Path) -> None:
