@@ -354,6 +354,12 @@ def test_auto_l2_counts_rises_anew_after_a_reduction() -> None:
     assert seen == [1.0, 1.0, 0.5, 0.5, 0.25]
 
 
+def test_auto_l2_goes_on_after_a_first_value_that_is_not_a_number() -> None:
+    schedule, optimizer, state = AutoL2Decay("loss", refractory=0.0), sgd(([1.0], [1.0], 0.1)), {}  # type: ignore[var-annotated]
+    losses = (math.nan, 3.0, 2.0, 1.0, 1.5, 1.4)
+    assert [schedule.multipliers(optimizer, {"loss": loss}, state)[0] for loss in losses] == [1.0] * 5 + [0.1]
+
+
 def test_auto_l2_stops_at_its_minimum() -> None:
     schedule = AutoL2Decay("loss", factor=0.5, patience=1, refractory=0.0, min_multiplier=0.3)
     state: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
@@ -83,9 +84,9 @@ class AutoL2Decay(FeedbackSchedule):
 
     @staticmethod
     def _count_rise(name: str, value: float, state: dict[str, Any]) -> int:
-        best, rises = state.get(f"best/{name}"), f"rises/{name}"
-        if best is None or value <= best:
+        rises = f"rises/{name}"
+        if value <= state.get(f"best/{name}", math.inf):
             state.update({f"best/{name}": value, rises: 0})
         else:
-            state[rises] += 1
+            state[rises] = state.get(rises, 0) + 1
         return int(state[rises])
