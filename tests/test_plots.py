@@ -454,3 +454,50 @@ def test_pictures_leave_no_trace_in_pyplot() -> None:
     for plot in (plot_norm_heatmap, plot_norms, plot_penalty, plot_update_ratios):
         plot(history_of(FIVE))
     assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [("trial,val_loss\n0,1.0\n", r"no column `step`, but: trial, val_loss\. Give the metrics\.csv"), ("", "but: none")],
+)
+def test_other_tables_are_refused(rows: str, message: str, tmp_path: Any) -> None:
+    (tmp_path / "trials.csv").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        read_history(tmp_path / "trials.csv")
+
+
+def test_rows_without_a_step_and_cells_without_a_name_are_passed_over(tmp_path: Any) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0,7.0\n,2.0\n1,3.0\n")
+    assert read_history(tmp_path) == {"loss": ([0, 1], [1.0, 3.0])}
+
+
+def test_an_absent_event_file_is_named(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"No metrics at '.*events\.out\.tfevents\.1'"):
+        read_history(tmp_path / "events.out.tfevents.1")
+
+
+def test_penalty_above_the_loss_is_marked_although_the_first_is_not_a_number() -> None:
+    history = {"l2_penalty/total": ([0, 1], [math.nan, 5.0]), "train_loss": ([0, 1], [1.0, 1.0])}
+    assert "penalty above loss" in in_words(plot_penalty(history))
+
+
+@pytest.mark.parametrize("known", [[], [0.1]], ids=["at no step", "at one step"])
+def test_ratios_of_a_training_that_diverged_are_drawn(known: list[float], tmp_path: Any) -> None:
+    values = [*known, math.nan, math.nan]
+    history = {f"update_ratio/{name}": (list(range(len(values))), values) for name in FIVE + FLAT[:5]}
+    plot_update_ratios(history).savefig(tmp_path / "ratios.png")
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.3, 11.0, ["0.5", "1", "2", "5", "10"]), (0.02, 50.0, None)])
+def test_labels_of_a_short_log_axis_are_few_plain_numbers(low: float, high: float, expected: Any) -> None:
+    figure = plot_penalty({"l2_penalty/total": ([0, 1], [low, high])})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    inside = [
+        text.get_text()
+        for text in axes.yaxis.get_ticklabels(which="both")
+        if text.get_text() and axes.get_ylim()[0] <= text.get_position()[1] <= axes.get_ylim()[1]
+    ]
+    assert inside == expected if expected else 2 <= len(inside) <= 5
+    assert_readable(figure)

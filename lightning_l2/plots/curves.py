@@ -117,6 +117,10 @@ def _draw_band(axes: Axes, curves: History) -> None:
     import numpy as np
 
     steps, grid = as_grid(curves)
+    known = ~np.isnan(grid).all(axis=0)  # a training that diverged ends without numbers
+    if not known.any():
+        return
+    steps, grid = steps[known], grid[:, known]
     for low, high, shade, words in ((0, 100, 0.12, "all"), (10, 90, 0.25, "middle 80 %")):
         edges = np.nanpercentile(grid, [low, high], axis=0)
         label = f"{words} of {len(curves)} layers" if low == 0 else words
@@ -162,7 +166,7 @@ def _draw_ratio(axes: Axes, ratio: Curve) -> None:
     style_axes(axes, "Penalty relative to the loss", "penalty / loss")
     axes.plot(*ratio, color="black", linewidth=1.8)
     fit_scale(axes, {"ratio": ratio})
-    if max(ratio[1]) > 1:
+    if any(value > 1 for value in ratio[1]):
         top = axes.get_ylim()[1]
         axes.axhspan(1, top, color=COLOURS[1], alpha=0.12, linewidth=0, label="penalty above loss")
         axes.set_ylim(top=top)

@@ -28,14 +28,14 @@ def read_history(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
         Metric name -> (steps, values). A step that was logged twice, as after a resume, keeps its last value.
 
     Raises:
-        ValueError: If there are no such files at `path`.
+        ValueError: If there are no such files at `path`, or the table has no column `step`.
         ModuleNotFoundError: If only TensorBoard's files are there and tensorboard is not installed.
     """
     path = Path(path)
     table = path / "metrics.csv" if path.is_dir() else path
     if table.suffix == ".csv" and table.is_file():
         return _sorted(_read_csv(table))
-    if "tfevents" in path.name or any(path.glob("*tfevents*")):
+    if (path.is_file() and "tfevents" in path.name) or any(path.glob("*tfevents*")):
         return _sorted(_read_tensorboard(path))
     raise ValueError(
         f"No metrics at '{path}'. Expected a metrics.csv, TensorBoard event files, or the directory that holds them, "
@@ -90,11 +90,20 @@ def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
 def _read_csv(table: Path) -> dict[str, dict[int, float]]:
     history: dict[str, dict[int, float]] = {}
     with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for key, cell in row.items():
-                value = _number(cell)
-                if key != "step" and value is not None:
-                    history.setdefault(key, {})[int(float(row["step"]))] = value
+        rows = csv.DictReader(file)
+        names = list(rows.fieldnames or ())
+        if "step" not in names:
+            raise ValueError(
+                f"'{table}' has no column `step`, but: {', '.join(names) or 'none'}. "
+                "Give the metrics.csv of a CSVLogger."
+            )
+        names.remove("step")
+        for row in rows:
+            step = _number(row["step"])
+            for name in names:
+                value = _number(row[name])
+                if step is not None and value is not None:
+                    history.setdefault(name, {})[int(step)] = value
     return history
 
 

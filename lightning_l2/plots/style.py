@@ -84,7 +84,7 @@ def fit_scale(axes: Axes, curves: History, *, log: bool = True) -> None:
     """Take a vertical axis from 0, or a logarithmic one where positive values span more than a factor of 30."""
     values = [value for _, series in curves.values() for value in series if math.isfinite(value)]
     if log and values and min(values) > 0 and max(values) / min(values) > 30:
-        axes.set_yscale("log")
+        _label_log_axis(axes, max(values) / min(values))
     elif values and min(values) >= 0:
         top = max(values) or 1.0
         axes.set_ylim(-0.04 * top, 1.06 * top)  # below 0, so that a curve at 0 is seen
@@ -134,6 +134,17 @@ def row_labels(names: Sequence[str], limit: int) -> tuple[list[float], list[str]
     every = range(0, len(names), math.ceil(len(names) / limit))
     labels = without_common_prefix(names)
     return list(every), [labels[row] for row in every], []
+
+
+def _label_log_axis(axes: Axes, span: float) -> None:
+    """Write few numbers beside a logarithmic axis; on short ones matplotlib's own overlap in a low panel."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if span < 100:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _apart(blocks: Sequence[Sequence[int]], gap: float) -> list[int]:
