@@ -36,7 +36,7 @@ class Snapshot:
         self.tensors = list(unique.values())
         # A copy also where the tensor is in CPU memory already.
         self._values = [tensor.detach().to("cpu", copy=True) for tensor in self.tensors]
-        self._gradients = [None if tensor.grad is None else tensor.grad.clone() for tensor in self.tensors]
+        self._gradients = [None if tensor.grad is None else tensor.grad.to("cpu", copy=True) for tensor in self.tensors]
         self._trainable = [tensor.requires_grad for tensor in self.tensors]
 
     def restore(self) -> None:
@@ -45,7 +45,7 @@ class Snapshot:
         with torch.no_grad():
             for tensor, value, gradient, trainable in state:
                 tensor.copy_(value)
-                tensor.grad = None if gradient is None else gradient.clone()
+                tensor.grad = None if gradient is None else gradient.to(tensor.device, copy=True)
                 tensor.requires_grad_(trainable)
 
 

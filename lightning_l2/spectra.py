@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ITERATIONS = 32
+ITERATIONS = 32  # enough for the largest singular value to about 1e-3
 
 
 def as_matrix(weight: Tensor) -> Tensor | None:
@@ -40,16 +40,15 @@ def as_matrix(weight: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def bidiagonal(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
+def bidiagonal(matrix: Tensor) -> Tensor:
     """Reduce a matrix to a small bidiagonal one that shares its extreme singular values.
 
     Args:
         matrix: Shape `(m, n)`, any floating dtype; fp32 or wider is used without a copy.
-        iterations: How many; as many as the shorter side give all singular values.
 
     Returns:
-        Shape `(2, k)` with `k = min(iterations, m, n)`: the diagonal, and the entries above it after a 0. On the
-        matrix' device, without synchronising and without touching the global random state.
+        Shape `(2, k)` with `k = min(32, m, n)`, the number of iterations: the diagonal, and the entries above it after
+        a 0. On the matrix' device, without synchronising and without touching the global random state.
 
     >>> largest, smallest = extreme_singular_values(bidiagonal(torch.diag(torch.tensor([1.0, 3.0, 2.0]))).tolist())
     >>> round(largest, 5), round(smallest, 5)
@@ -59,7 +58,7 @@ def bidiagonal(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.t()
     rows, columns = matrix.shape
-    steps = min(iterations, columns)
+    steps = min(ITERATIONS, columns)
     generator = torch.Generator(matrix.device).manual_seed(0)
     right = torch.zeros(steps, columns, dtype=matrix.dtype, device=matrix.device)
     left = torch.zeros(steps, rows, dtype=matrix.dtype, device=matrix.device)
