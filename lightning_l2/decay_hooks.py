@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -32,7 +31,8 @@ Group: TypeAlias = dict[str, Any]
 PeakLR: TypeAlias = float | Literal["initial"] | None
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+# Kept on the optimizer, as its hooks are, so that both go when its attributes are put back, as after a trial training.
+_MARK = "_has_attached_decay"
 
 
 def torch_class(optimizer: Optimizer) -> str | None:
@@ -115,7 +115,7 @@ class Attached(DecayHandle):
     """
 
     def __init__(self, optimizer: Optimizer, in_step: Group) -> None:
-        if optimizer in _attached:
+        if getattr(optimizer, _MARK, False):
             raise RuntimeError(
                 f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
                 "Remove the first one with its handle's `remove()`."
@@ -131,14 +131,14 @@ class Attached(DecayHandle):
         # A checkpoint that is written because a step raised must not hold the hidden values.
         with contextlib.suppress(AttributeError):
             self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
-        _attached.add(optimizer)
+        setattr(optimizer, _MARK, True)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer and leave its groups as they were."""
         self.restore()
         while self._hooks:
             self._hooks.pop().remove()
-        _attached.discard(self._optimizer)
+        vars(self._optimizer).pop(_MARK, None)
 
     def restore(self) -> None:
         """Give the groups back what a step hides from the optimizer."""

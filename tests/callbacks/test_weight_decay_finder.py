@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_l2 import L2Penalty, WeightDecay, WeightDecayScheduler
+from lightning_l2 import L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
+from lightning_l2.bounds import InitialBound
 from lightning_l2.callbacks.weight_decay_finder import WeightDecayFinder
 from lightning_l2.schedules import LinearSchedule
 from lightning_l2.search.target import set_weight_decay
@@ -240,6 +241,24 @@ def test_the_training_is_the_one_with_that_lambda(module_class: Any, loaders: An
     torch.testing.assert_close(after["gradients"], expected["gradients"], rtol=0, atol=0)
     torch.testing.assert_close(after["buffers"], expected["buffers"], rtol=0, atol=0)
     torch.testing.assert_close(after["random"], expected["random"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("apply", ["coupled", "decoupled", "independent", "cautious"])
+def test_trials_apply_lambda_in_the_way_of_the_training(apply: Any) -> None:
+    search = finder(low=1e-3, high=0.5)
+
+    def module_class() -> Net:
+        return ValidatedNet(lambda params: torch.optim.Adam(params, lr=0.05, weight_decay=0.1, foreach=False))
+
+    def callbacks(weight_decay: float | None, *searching: Any) -> list[Any]:
+        decay = WeightDecay(weight_decay, apply=apply, summary=False)
+        return [decay, *searching, NormConstraint(InitialBound(1.1), method="lagrangian")]
+
+    _, module, after = train(module_class, shuffled, lambda: callbacks(None, search))
+    assert len({trial.mean for trial in search.result.trials}) == 3
+    _, reference, expected = train(module_class, shuffled, lambda: callbacks(search.result.weight_decay))
+    assert_same_weights(module, reference)
+    assert str(after) == str(expected)
 
 
 def test_trials_differ_by_lambda_alone_and_their_beginning_is_that_of_the_training() -> None:
