@@ -84,8 +84,8 @@ class NormReport:
             metrics |= norms("update_norm", moved) | ratios("update_ratio", moved, layers)
         if self._options.rotation:
             metrics |= angular_updates(layers, moved, watched.by_layer(sums["products"]))
-            expected = watched.by_layer(squared_equilibria(watched, sums["weights"], groups))
-            metrics |= ratios("angular_equilibrium", expected, layers)
+            if expected := squared_equilibria(watched, sums["weights"], groups):
+                metrics |= ratios("angular_equilibrium", watched.by_layer(expected), layers)
             metrics |= effective_lrs(watched, sums["weights"], groups, layers)
         return metrics
 

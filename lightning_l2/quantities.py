@@ -80,7 +80,7 @@ def angular_updates(
 def squared_equilibria(
     watched: Watched, squares: Mapping[int, float], groups: Sequence[GroupValues]
 ) -> dict[int, float]:
-    r"""Return $\theta^2 \lVert w \rVert^2$, the squared update expected in equilibrium, of decayed parameters."""
+    r"""Return $\theta^2 \lVert w \rVert^2$, the squared update of equilibrium, of parameters that have a known one."""
     angles = {index: groups[owner].angle for index, owner in enumerate(watched.owners) if owner is not None}
     return {index: angle**2 * squares[index] for index, angle in angles.items() if angle}
 

@@ -918,3 +918,11 @@ def test_a_model_without_parameters_has_nothing_to_log() -> None:
     with pytest.warns(UserWarning, match="configure_optimizers"):
         make_trainer([L2NormMonitor()], logger=rows, log_every_n_steps=1).fit(Empty(), data())
     assert not any(key.startswith("l2_norm") for row in rows.rows.values() for key in row)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.Rprop])
+def test_no_equilibrium_is_logged_where_none_is_known(make: Any) -> None:
+    rows, _, _ = fit(L2NormMonitor(rotation=True), Net(lambda params: make(params, lr=0.1)))
+    keys = set().union(*rows.rows.values())
+    assert "angular_update/total" in keys
+    assert not {key for key in keys if key.startswith("angular_equilibrium")}
