@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -231,7 +232,8 @@ class WeightDecayScheduler(Callback):
         self._write_multipliers(number, optimizer)
 
     def _write_multipliers(self, number: int, optimizer: Optimizer) -> None:
-        multipliers = self._feedback.get(number, {}).get("multipliers", ())
+        # 1 where the schedule has read nothing yet, so that whoever follows the multipliers finds one
+        multipliers = chain(self._feedback.get(number, {}).get("multipliers", ()), repeat(1.0))
         for group, multiplier in zip(optimizer.param_groups, multipliers, strict=False):
             if "weight_decay" in group:
                 multiply_weight_decay(group, multiplier)

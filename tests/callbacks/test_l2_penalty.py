@@ -34,7 +34,7 @@ from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.convert import GaussianPrior
 from lightning_l2.penalty import L2Objective, Penalised
 from lightning_l2.rules import DecayRule
-from lightning_l2.schedules import LinearSchedule
+from lightning_l2.schedules import LinearSchedule, PlateauSchedule
 
 LAMBDA = 0.3
 Make = Callable[[Any], Optimizer]
@@ -539,6 +539,22 @@ def test_it_follows_the_schedule_if_asked(follow: bool, first: str) -> None:
         assert rows.of("l2_penalty/loss")[step] == pytest.approx(LAMBDA * multiplier / 2 * 4 * w**2, rel=1e-6)
         w *= 1 - eta * LAMBDA * multiplier
     torch.testing.assert_close(weights["layer.weight"], torch.full((2, 2), w).double(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("first", ["penalty", "scheduler"])
+def test_it_follows_a_schedule_that_has_read_nothing_yet(first: str) -> None:
+    class Stuck(Still):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("level", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    scheduler = WeightDecayScheduler(PlateauSchedule("level", factor=2.0, patience=0))
+    penalty = L2Penalty(LAMBDA, follow_schedule=True)
+    callbacks = [scheduler, penalty] if first == "scheduler" else [penalty, scheduler]
+    weights = fit(Stuck(), *callbacks, loader=batches(1), max_epochs=4)
+    # the first epoch sets the best value, those after it don't improve on it
+    shrunk = math.prod(1 - 0.1 * LAMBDA * multiplier for multiplier in (1, 1, 2, 4))
+    torch.testing.assert_close(weights["layer.weight"], torch.full((2, 2), shrunk).double(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:L2Penalty penalises:UserWarning")
