@@ -13,7 +13,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_l2 import WeightDecay
+from lightning_l2 import L2Penalty, WeightDecay
 from lightning_l2.__main__ import main
 from lightning_l2.search import SearchResult
 from lightning_l2.search.project import Project
@@ -127,6 +127,18 @@ def test_the_callback_of_the_configuration_takes_lambda() -> None:
     assert [type(one) for one in best.trainer.callbacks] == [type(one) for one in plain.trainer.callbacks]
     assert best.trainer.callbacks[1].rules == plain.trainer.callbacks[1].rules
     assert best.trainer.callbacks[1].print_summary
+
+
+@pytest.mark.parametrize("with_weight_decay", [False, True])
+@pytest.mark.filterwarnings("ignore:L2Penalty penalises:UserWarning")
+def test_a_penalty_of_the_configuration_takes_lambda_where_nothing_decays(with_weight_decay: bool) -> None:
+    penalty = {"class_path": "lightning_l2.L2Penalty", "init_args": {"weight_decay": 5.0}}
+    callbacks = [penalty, *(["lightning_l2.WeightDecay"] if with_weight_decay else [])]
+    config = write("fit.yaml", BASE, {"trainer": {**BASE["trainer"], "callbacks": callbacks}})
+    assert search("--config", config, trials=1) == 0
+    best = fit_cli("--config", config, "--config", "weight_decay_search/best.yaml")
+    penalties = [callback.weight_decay for callback in best.trainer.callbacks if isinstance(callback, L2Penalty)]
+    assert (penalties, lambdas(best)) == (([5.0], [1e-3]) if with_weight_decay else ([1e-3], []))
 
 
 def test_lambda_and_others_by_their_keys() -> None:

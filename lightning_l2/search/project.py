@@ -16,6 +16,7 @@ from lightning_l2.extras import brought_by
 from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.suggestion import Trial
+from lightning_l2.search.target import TAKE_LAMBDA
 from lightning_l2.search.training import train
 
 # What may differ between processes that share a search.
@@ -28,7 +29,7 @@ class SearchOptions(SearchPlan):
 
     Args:
         key: configuration key that takes lambda, such as `model.init_args.weight_decay`. None is the callback
-            `WeightDecay`, which is added where the configuration has none.
+            `WeightDecay`, else `L2Penalty`; a `WeightDecay` is added where the configuration has neither.
         folder: where results are written: the trials as a table and pictures, `best.yaml`, and what trainings log; they
             write no checkpoints.
         storage: where trials are kept: a path for a journal file, one that ends in .db for SQLite, or a database URL
@@ -133,12 +134,9 @@ class Project:
 
     def _place(self) -> int | None:
         """Return which of the configuration's callbacks is the one that takes lambda."""
-        places = [
-            place
-            for place, callback in enumerate(_callbacks(self._configuration["fit"]))
-            if is_a(callback["class_path"], "WeightDecay")
-        ]
-        return places[0] if places else None
+        paths = [callback["class_path"] for callback in _callbacks(self._configuration["fit"])]
+        places = (place for name in TAKE_LAMBDA for place, path in enumerate(paths) if is_a(path, name))
+        return next(places, None)
 
     def _check_key(self, key: str | None) -> None:
         if key is not None and key not in self._configuration["fit"]:

@@ -9,6 +9,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.param_groups import base_weight_decay
 
+# Callbacks by the names of their classes, the first that is there first.
+TAKE_LAMBDA = ("WeightDecay", "L2Penalty")
+
 
 def set_weight_decay(callbacks: Sequence[Any], groups: Sequence[dict[str, Any]], weight_decay: float | None) -> str:
     """Set lambda where it comes from, and return where that is.
@@ -22,7 +25,7 @@ def set_weight_decay(callbacks: Sequence[Any], groups: Sequence[dict[str, Any]],
     Raises:
         MisconfigurationException: If there is nothing that takes a lambda.
     """
-    for name in ("WeightDecay", "L2Penalty"):
+    for name in TAKE_LAMBDA:
         for callback in callbacks:
             if any(kind.__name__ == name for kind in type(callback).__mro__):
                 if weight_decay is not None:
