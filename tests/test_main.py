@@ -337,6 +337,11 @@ def test_preview_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     Path("plain.yaml").write_text("trainer: {max_epochs: 1}")
     assert main(["preview", "plain.yaml"]) == 1
     assert "no WeightDecayScheduler" in capsys.readouterr().err
+    assert main(["preview", "."]) == 1
+    assert "Is a directory: '.'" in capsys.readouterr().err
+    Path("picture.png").write_bytes(b"\x89PNG")
+    assert main(["preview", "picture.png"]) == 1
+    assert "'picture.png' is no YAML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

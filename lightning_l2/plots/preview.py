@@ -32,8 +32,9 @@ def preview(config: str | Path, output: str | Path | None = None) -> Path:
         ModuleNotFoundError: If matplotlib or jsonargparse is not installed.
     """
     config = Path(config)
+    figure = _draw(config)
     output = config.with_suffix(".png") if output is None else Path(output)
-    _draw(config).savefig(output, dpi=150)
+    figure.savefig(output, dpi=150)
     return output
 
 
@@ -42,7 +43,7 @@ def _draw(config: Path) -> Figure:
 
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"'{config}' is no YAML: {error}") from error
     settings = _section(settings, "fit") or _section({"settings": settings}, "settings")
     trainer = _section(settings, "trainer")
