@@ -33,7 +33,7 @@ class NormAlarms:
     A norm that is infinite or not a number is always reported.
 
     Args:
-        max_norm: Warn if the norm of a layer is above this; None for never.
+        max_norm: Warn if the norm of a layer is above this, or the total where no layers are logged; None for never.
         growth: Warn if the norm of a layer is this many times what it was at the previous logged step.
         vanishing: Warn if the norm of a layer is below this fraction of what it was at the first step.
         penalty: Warn if the penalty of all weights is more than this many times the loss.
@@ -87,7 +87,9 @@ class NormAlarms:
             if not math.isfinite(norm):
                 yield Alarm("non_finite", layer, is_now)
                 continue
-            if self.max_norm is not None and norm > self.max_norm:
+            # the total grows with the number of layers, which have the limit each
+            has_limit = layer != "total" or len(norms) == 1
+            if self.max_norm is not None and norm > self.max_norm and has_limit:
                 yield Alarm("max_norm", layer, f"{is_now}, above max_norm={self.max_norm:.4g}")
             if self.growth is not None and 0 < before < math.inf and norm > self.growth * before:
                 yield Alarm("growth", layer, f"{is_now}, {norm / before:.4g} times that of the previous logged step")

@@ -11,6 +11,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]] = [
     ({}, {"norms": {"a": 1.0}}, []),
     ({}, {"norms": {"a": math.inf, "b": math.nan, "c": 1e30}}, [("non_finite", "a"), ("non_finite", "b")]),
     ({"max_norm": 2}, {"norms": {"a": 2.0, "b": 2.1, "c": math.inf}}, [("max_norm", "b"), ("non_finite", "c")]),
+    ({"max_norm": 2}, {"norms": {"a": 1.5, "b": 1.5, "total": 2.12}}, []),
+    ({"max_norm": 2}, {"norms": {"total": 2.12}}, [("max_norm", "total")]),
     ({"growth": 2}, {"norms": {"a": 2.0, "b": 2.1}, "previous": {"a": 1.0, "b": 1.0}}, [("growth", "b")]),
     ({"growth": 2}, {"norms": {"new": 9.0, "zero": 9.0}, "previous": {"zero": 0.0}}, []),
     ({"growth": 2}, {"norms": {"a": 9.0}, "previous": {"a": math.nan}}, []),
