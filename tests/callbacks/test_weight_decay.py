@@ -178,7 +178,7 @@ trainer:
 
 
 def test_the_summary_is_data_a_table_and_a_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "decay.csv"
+    path = tmp_path / "new" / "folder" / "decay.csv"
     callback = WeightDecay(0.25, summary_file=str(path))
     with pytest.raises(RuntimeError, match=r"once a fit has begun.*assign_rules"):
         callback.summary()
