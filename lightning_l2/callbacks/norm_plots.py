@@ -94,7 +94,11 @@ class NormPlots(Callback):
         if written:
             rank_zero_info(f"Pictures of the training: {', '.join(written)}")
         else:
-            rank_zero_warn(f"NormPlots found no norms among {sorted(history)}. Add L2NormMonitor to the callbacks.")
+            rank_zero_warn(
+                f"NormPlots found no norms among {sorted(history)}. Add L2NormMonitor to the callbacks; where it is "
+                "there, the training was too short for it: without `every_n_steps` it logs at every "
+                f"{trainer.log_every_n_steps} steps, the Trainer's `log_every_n_steps`."
+            )
 
     def _figures(self, history: plots.History, layers: list[str]) -> dict[str, Figure]:
         """Return the pictures whose metrics were logged."""

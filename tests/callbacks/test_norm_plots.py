@@ -122,6 +122,13 @@ def test_nothing_to_draw_is_a_warning(callbacks, message, tmp_path) -> None:
         make_trainer([NormPlots(), *callbacks], logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(model, data())
 
 
+def test_a_training_shorter_than_the_monitors_cadence_is_told_of_it(tmp_path) -> None:
+    model = Net(scheduler=torch.optim.lr_scheduler.ConstantLR)
+    with pytest.warns(UserWarning, match=r"no norms .* too short for it: .* every 50 steps, .* `log_every_n_steps`\."):
+        callbacks = [NormPlots(), L2NormMonitor(), LearningRateMonitor("epoch")]
+        make_trainer(callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=50).fit(model, data())
+
+
 def test_a_training_that_breaks_off_is_drawn(tmp_path) -> None:
     class Breaking(LoggedNet):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
