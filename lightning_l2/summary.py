@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_l2.param_groups import base_weight_decay
@@ -116,7 +117,8 @@ def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_csv(path: str | PathLike[str], summary: Sequence[GroupSummary]) -> None:
-    """Write one row a parameter, to compare between runs."""
+    """Write one row a parameter, to compare between runs; a folder that isn't there is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     header, rows = table(summary, per_parameter=True)
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
