@@ -171,7 +171,8 @@ def check_weight_decay(value: Any, what: str) -> None:
         TypeError: If it is no number.
         ValueError: If it is negative or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
         raise TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}.")
     # a whole number may be too large for `float`
     if not 0 <= (value if isinstance(value, int) else float(value)) <= sys.float_info.max:

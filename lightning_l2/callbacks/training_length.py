@@ -103,11 +103,13 @@ def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
     loader = trainer.train_dataloader
     batch_size = getattr(loader, "batch_size", None)
     steps = steps_per_epoch(trainer, epoch=0)
+    # not the number of processes: those that share tensors see the same samples
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
     return TrainingSetup(
         lr=max(rates),
         steps_per_epoch=steps,
         epochs=_epochs(trainer, steps),
-        batch_size=batch_size and batch_size * accumulation(trainer, 0) * trainer.world_size,
+        batch_size=batch_size and batch_size * accumulation(trainer, 0) * replicas,
         samples=_length(getattr(loader, "dataset", None)),
     )
 
