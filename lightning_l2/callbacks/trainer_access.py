@@ -52,8 +52,7 @@ def check_alone(trainer: Any, callback: Callback) -> None:
     """Refuse a second callback of a kind that has to be alone, since both would write to the same groups.
 
     Raises:
-        MisconfigurationException: If the Trainer has one, of this class, one derived from it or one that it derives
-            from.
+        MisconfigurationException: If the Trainer has one; those of derived classes are of the same kind.
     """
     kind = next(base for base in reversed(type(callback).__mro__) if issubclass(base, Callback) and base != Callback)
     count = sum(isinstance(other, kind) for other in trainer.callbacks)

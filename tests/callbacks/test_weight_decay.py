@@ -468,3 +468,43 @@ def test_a_rollback_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     plain.load_state_dict(torch.load(tmp_path / "good.ckpt", weights_only=True)["state_dict"])
     make_trainer().fit(plain, batches(3))
     assert_same_weights(model, plain)
+
+
+class Lists:
+    """A scheduler of another library: one rate a group, and a list that has as many entries by chance."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.window = [0.5]
+
+    def step(self, *_: Any) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.window[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rates = state["rates"]
+
+
+def test_lists_of_other_libraries_schedulers_are_declared() -> None:
+    class Module(Net):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            scheduler.step()
+
+    seen: list[Any] = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            scheduler = trainer.lr_scheduler_configs[0].scheduler
+            seen.append(
+                (scheduler.rates, scheduler.window, [group["lr"] for group in trainer.optimizers[0].param_groups])
+            )
+
+    callback = WeightDecay(0.1, summary=False, lr_scheduler_attributes={"rates": True, "window": False})
+    trainer = make_trainer([callback, Spy()])
+    trainer.fit(Module(scheduler=Lists), batches(1))
+    assert seen == [([0.1, 0.1], [0.5], [0.05, 0.05])]
+    assert trainer.lr_scheduler_configs[0].scheduler.rates == [0.1]
