@@ -28,25 +28,35 @@ def derive_from_both(callback: type) -> None:
 
 
 class _OnImport(MetaPathFinder):
+    """Finds the other package as if this finder weren't there, and acts when an import of it is done.
+
+    It stays until then: a check whether a package is there asks for a spec and imports nothing, and an import may fail.
+    """
+
     def __init__(self, callback: type) -> None:
         self._callback = callback
+        self._is_asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find the other package as if this finder weren't there, and act when its import is done."""
-        if fullname != OTHER:
+        """Return what the finders after this one find, with a loader that derives the callbacks too."""
+        if fullname != OTHER or self._is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(OTHER)
+        self._is_asking = True
+        try:
+            spec = importlib.util.find_spec(OTHER)
+        finally:
+            self._is_asking = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
             return None
         execute = spec.loader.exec_module
 
         def execute_and_derive(module: ModuleType) -> None:
             execute(module)
-            derive_from_both(self._callback)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                derive_from_both(self._callback)
 
         spec.loader.exec_module = execute_and_derive  # type: ignore[method-assign]
         return spec

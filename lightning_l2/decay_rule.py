@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from lightning_l2.arguments import check_types
@@ -159,7 +160,7 @@ def is_of_class(module: nn.Module, wanted: str | type) -> bool:
     return any(cls.__name__ == name and f"{cls.__module__}.".startswith(package + dot) for cls in type(module).__mro__)
 
 
-def check_weight_decay(value: float, what: str) -> None:
+def check_weight_decay(value: Any, what: str) -> None:
     """Raise unless a value is a finite number of at least 0.
 
     Args:
@@ -170,7 +171,9 @@ def check_weight_decay(value: float, what: str) -> None:
         TypeError: If it is no number.
         ValueError: If it is negative or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
         raise TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}.")
-    if not 0 <= value <= sys.float_info.max:
+    # a whole number may be too large for `float`
+    if not 0 <= (value if isinstance(value, int) else float(value)) <= sys.float_info.max:
         raise ValueError(f"{what} must be finite and at least 0, got {value!r}.")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+# The rule's name of a group that has no parameters; it keeps its weight decay.
+EMPTY = "empty"
+
 
 def weight_decay_in_force(group: Mapping[str, Any]) -> float:
     """Return lambda of a group's next step, 0 where the group knows none.
@@ -231,7 +234,8 @@ def _members(
     members: dict[GroupKey, list[int]] = {key: [] for key in keys}
     for index, parameter in enumerate(group["params"]):
         members.setdefault(key_of(parameter, group), []).append(index)
-    return members
+    # torch allows a group without parameters, and schedulers hold a value for it
+    return members or {GroupKey(EMPTY, base_weight_decay(group)): []}
 
 
 def _child(group: dict[str, Any], key: GroupKey, indices: Sequence[int], number: int) -> dict[str, Any]:

@@ -143,6 +143,7 @@ class Reading:
             return
         after = [local_part(parameter).detach() for parameter in self.watched.parameters]
         difference, self._before = self._before, None
+        # one launch for all parameters, for which torch has no public name
         torch._foreach_sub_(difference, after)
         indices = range(len(after))
         self._sums["updates", 0] = indices, local_squared_norms(difference)

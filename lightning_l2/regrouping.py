@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_l2.group_names import name_groups
@@ -52,7 +53,9 @@ class Regrouping:
         declared: Mapping[str, bool] | None = None,
         root: nn.Module | None = None,
     ) -> None:
-        self._rules = {id(parameter): (name, rule) for name, parameter, rule in rules_by_parameter(model, rules, root)}
+        self._decide = partial(rules_by_parameter, model, rules, root)
+        # by the `id` of a parameter, its name and its rule
+        self._rules: dict[int, tuple[str, DecayRule]] = {}
         self._weight_decay_of = weight_decay_of
         self.splits = [GroupSplit(optimizer, schedulers, declared) for optimizer in optimizers]
         self._local = {
@@ -67,9 +70,13 @@ class Regrouping:
     def split_new(self) -> None:
         """Split all groups that are new, in every optimizer, and name them.
 
+        The rules decide anew, since a module may have got other parameters meanwhile.
+
         Raises:
-            ValueError: If none of an optimizer's parameters belongs to the module, and as `GroupSplit.split_new` does.
+            ValueError: If none of an optimizer's parameters belongs to the module, and as `GroupSplit.split_new` and
+                `rules_by_parameter` do.
         """
+        self._rules |= {id(parameter): (name, rule) for name, parameter, rule in self._decide()}
         for index, split in enumerate(self.splits):
             self._check_owner(split)
             keys = split.split_new(self._key)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_l2.decay_rule import DecayRule
 from lightning_l2.exemptions import class_names
-from lightning_l2.parameters import ParameterInfo, clean_name, describe_parameters
+from lightning_l2.parameters import ParameterInfo, describe_parameters
 from lightning_l2.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ __all__ = [
     "DecayRule",
     "Rules",
     "assign_rules",
-    "clean_name",
     "decay_param_groups",
     "resolve_rules",
     "rules_by_parameter",

@@ -18,7 +18,7 @@ OWN_KEYS = frozenset(
         *("decoupled_weight_decay", "param_names", "params"),
     )
 )
-# A tensor and how often it was changed in place.
+# A tensor and how often it was changed in place, a counter for which torch has no public name.
 Mark: TypeAlias = tuple[int, int]
 
 

@@ -315,3 +315,24 @@ def test_a_tensor_that_somebody_fills_is_the_one_of_all_siblings(index: int) -> 
     split.merge()
     assert optimizer.param_groups[0]["lr"] is lr
     assert float(lr) == 0.75
+
+
+def test_an_empty_group_stays_and_schedulers_follow() -> None:
+    """An optimizer may have a group without parameters, such as one for a head that this model lacks."""
+    weight, bias = nn.Linear(2, 1).parameters()
+    groups = [{"params": [], "lr": 0.3}, {"params": [weight, bias], "lr": 0.1}, {"params": [], "lr": 0.2}]
+    optimizer = torch.optim.SGD(groups, weight_decay=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    before = snapshot(optimizer)
+    split = GroupSplit(optimizer, lambda: [scheduler])
+    rules = {id(weight): "decay", id(bias): "no_decay"}
+    split.split_new(by_rule(rules, {"decay": 0.5, "no_decay": 0.0}))
+    name_groups([split])
+    assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [
+        *((0.3, 0), (0.1, 1), (0.1, 1), (0.2, 0))
+    ]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5, 0.0, 0.5]
+    assert scheduler.base_lrs == [0.3, 0.1, 0.1, 0.2]
+    split.merge()
+    assert snapshot(optimizer) == before
+    assert scheduler.base_lrs == [0.3, 0.1, 0.2]

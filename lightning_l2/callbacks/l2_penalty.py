@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from lightning_l2.callbacks.trainer_access import (
 )
 from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
+from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.parameters import is_undecided
 from lightning_l2.penalty import L2Objective, Penalised
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter
@@ -79,8 +79,8 @@ class L2Penalty(Callback):
         every_n_steps: int | None = None,
     ) -> None:
         check_types(L2Penalty, locals())
-        if not isinstance(weight_decay, Conversion) and not 0 <= weight_decay < math.inf:
-            raise ValueError(f"Expected `weight_decay` to be finite and at least 0, got {weight_decay!r}.")
+        if not isinstance(weight_decay, Conversion):
+            check_weight_decay(weight_decay, "L2Penalty's `weight_decay`")
         if every_n_steps is not None and every_n_steps < 0:
             raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
         self.weight_decay = weight_decay
@@ -119,7 +119,9 @@ class L2Penalty(Callback):
             self._decide(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Measure at the first batch of a logged step: its loss is computed with these weights."""
+        """Decide on parameters that came late; measure a logged step's weights, with which its loss is computed."""
+        if self._fit.is_decided and _count_parameters(trainer) != self._fit.parameters:
+            self._decide(trainer, pl_module)
         if self._fit.is_decided and is_first_batch_of_step(trainer):
             self._prepare_step(trainer)
 
@@ -173,7 +175,7 @@ class L2Penalty(Callback):
             for (name, param, rule), base in zip(entries, bases, strict=True)
         }
         self._fit.objective.penalise(penalised, flat_shards(trainer.model or pl_module))
-        self._fit.is_decided = True
+        self._fit.is_decided, self._fit.parameters = True, _count_parameters(trainer)
 
     def _decide_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._decide(trainer, pl_module)
@@ -213,6 +215,7 @@ class _Fit:
 
     objective: L2Objective
     is_decided: bool = False
+    parameters: int = 0
     steps: int = 0
 
 
@@ -223,6 +226,10 @@ def _warn_of_double_decay(names: list[str]) -> None:
             f"{', '.join(map(repr, names[:3]))}: they shrink twice. Set the optimizer's `weight_decay` to 0 (AdamW's "
             "default is 0.01), or give L2Penalty rules that leave them out."
         )
+
+
+def _count_parameters(trainer: pl.Trainer) -> int:
+    return sum(len(group["params"]) for optimizer in bare_optimizers(trainer) for group in optimizer.param_groups)
 
 
 def _count(trainer: Any) -> int:

@@ -96,8 +96,8 @@ class NormPlots(Callback):
         else:
             rank_zero_warn(
                 f"NormPlots found no norms among {sorted(history)}. Add L2NormMonitor to the callbacks; where it is "
-                "there, the training was too short for it: without `every_n_steps` it logs at every "
-                f"{trainer.log_every_n_steps} steps, the Trainer's `log_every_n_steps`."
+                "there, the training was shorter than its `every_n_steps`, by default the Trainer's "
+                "`log_every_n_steps`."
             )
 
     def _figures(self, history: plots.History, layers: list[str]) -> dict[str, Figure]:

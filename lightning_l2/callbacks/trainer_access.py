@@ -52,11 +52,12 @@ def check_alone(trainer: Any, callback: Callback) -> None:
     """Refuse a second callback of a kind that has to be alone, since both would write to the same groups.
 
     Raises:
-        MisconfigurationException: If the Trainer has one.
+        MisconfigurationException: If the Trainer has one; those of derived classes are of the same kind.
     """
-    count = sum(type(other) is type(callback) for other in trainer.callbacks)
+    kind = next(base for base in reversed(type(callback).__mro__) if issubclass(base, Callback) and base != Callback)
+    count = sum(isinstance(other, kind) for other in trainer.callbacks)
     if count > 1:
-        name = type(callback).__name__
+        name = kind.__name__
         raise MisconfigurationException(
             f"The Trainer has {count} {name} callbacks, and each would undo what the other does. Keep one {name}."
         )
@@ -173,16 +174,22 @@ def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any], list[Any]
 
     No hook comes between `configure_optimizers` and a strategy that takes the optimizer over.
     """
-    configure = pl_module.configure_optimizers
+    own = vars(pl_module).get("configure_optimizers")
+    # what a fit left behind that failed before it configured an optimizer
+    own = getattr(own, "stands_for", lambda: own)()
 
     def configure_then_act() -> Any:
         del pl_module.configure_optimizers
-        configured = configure()
+        if own is not None:
+            pl_module.configure_optimizers = own
+        configured = pl_module.configure_optimizers()
         optimizers, schedulers, _ = _configure_optimizers(configured)
         act(optimizers, [s["scheduler"] if isinstance(s, dict) else s for s in schedulers])
         return configured
 
-    pl_module.configure_optimizers = configure_then_act
+    acting: Any = configure_then_act
+    acting.stands_for = lambda: own
+    pl_module.configure_optimizers = acting
 
 
 def remember_groups_in_finetuning(trainer: Any, pl_module: pl.LightningModule) -> None:

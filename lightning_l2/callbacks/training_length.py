@@ -89,16 +89,27 @@ def _max_epochs(trainer: Any) -> int | None:
 
 
 def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
-    """Return the plain numbers that lambda can follow from, for one parameter group."""
-    lr = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+    """Return the plain numbers that lambda can follow from, for one parameter group.
+
+    Raises:
+        MisconfigurationException: If the group has no learning rate.
+    """
+    rates = [float(group[key]) for key in ("lr", "initial_lr", "max_lr") if group.get(key) is not None]
+    if not rates:
+        raise MisconfigurationException(
+            "Lambda can't follow from the training: a parameter group has no learning rate, since its optimizer finds "
+            "its steps itself, as Adafactor of transformers. Give `weight_decay` as a number."
+        )
     loader = trainer.train_dataloader
     batch_size = getattr(loader, "batch_size", None)
     steps = steps_per_epoch(trainer, epoch=0)
+    # not the number of processes: those that share tensors see the same samples
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
     return TrainingSetup(
-        lr=lr,
+        lr=max(rates),
         steps_per_epoch=steps,
         epochs=_epochs(trainer, steps),
-        batch_size=batch_size and batch_size * accumulation(trainer, 0) * trainer.world_size,
+        batch_size=batch_size and batch_size * accumulation(trainer, 0) * replicas,
         samples=_length(getattr(loader, "dataset", None)),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +25,7 @@ from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
 from lightning_l2.decay import Apply, attach_decay, check_groups, check_options
 from lightning_l2.decay_hooks import DecayHandle
+from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.parameters import is_undecided
 from lightning_l2.regrouping import Regrouping
@@ -87,8 +87,8 @@ class WeightDecay(Callback):
         lr_scheduler_attributes: dict[str, bool] | None = None,
     ) -> None:
         check_types(WeightDecay, locals())
-        if isinstance(weight_decay, float | int) and not (0 <= weight_decay < math.inf):
-            raise ValueError(f"Expected `weight_decay` to be finite and at least 0, got {weight_decay!r}.")
+        if weight_decay is not None and not isinstance(weight_decay, Conversion):
+            check_weight_decay(weight_decay, "WeightDecay's `weight_decay`")
         if summary not in (True, False, "parameters"):
             raise ValueError(f"Expected `summary` to be True, False or 'parameters', got {summary!r}.")
         check_options(apply, before_clipping, peak_lr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,7 +27,10 @@ from lightning_l2.param_groups import base_weight_decay, multiply_weight_decay, 
 from lightning_l2.schedules import FeedbackSchedule, Schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import lightning.pytorch as pl
+    from torch import Tensor
     from torch.optim import Optimizer
 
 
@@ -98,6 +101,8 @@ class WeightDecayScheduler(Callback):
             length = self.total_steps or (total_epochs(trainer) if self.interval == "epoch" else total_steps(trainer))
             _probe(self.schedule, length)
         self._fit = _Fit(bare_optimizers(trainer), length)
+        if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "lr":
+            self._check_schedule(trainer)  # others read later, when all callbacks have had their say about the groups
         self._apply(trainer, self._index(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,7 +126,7 @@ class WeightDecayScheduler(Callback):
             number = optimizer_number(trainer, optimizer)
             if number is not None:
                 unscale(trainer, bare_optimizer(optimizer))
-                self._read(trainer, number, bare_optimizer(optimizer))
+                self._read(number, bare_optimizer(optimizer))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Set lambda of the coming step, so that whoever reads it at the next batch's start sees it."""
@@ -133,8 +138,7 @@ class WeightDecayScheduler(Callback):
         if self.interval == "epoch":
             self._apply(trainer, trainer.current_epoch + 1)
         if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "metric":
-            for number, optimizer in enumerate(bare_optimizers(trainer)):
-                self._read(trainer, number, optimizer)
+            self._observe(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the groups as the user made them."""
@@ -177,9 +181,7 @@ class WeightDecayScheduler(Callback):
                 "WeightDecayScheduler needs an optimizer, and `configure_optimizers` returned none. "
                 "Return an optimizer, or remove the callback."
             )
-        if isinstance(self.schedule, FeedbackSchedule):
-            for optimizer in optimizers:
-                self.schedule.check(optimizer)
+        self._check_schedule(trainer)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         undecided = any(is_lazy(parameter) for group in groups for parameter in group["params"])
         # a rule may say 0 on purpose, as in a sweep; a penalty that follows the schedule has a lambda of its own
@@ -192,11 +194,16 @@ class WeightDecayScheduler(Callback):
             )
         self._fit.checked, self._fit.waits_for_groups = True, undecided
 
+    def _check_schedule(self, trainer: pl.Trainer) -> None:
+        if isinstance(self.schedule, FeedbackSchedule):
+            for optimizer in bare_optimizers(trainer):
+                self.schedule.check(optimizer)
+
     def _apply(self, trainer: pl.Trainer, index: int) -> None:
         if isinstance(self.schedule, FeedbackSchedule):
             for number, optimizer in enumerate(bare_optimizers(trainer)):
                 if self.schedule.reads == "lr":
-                    self._read(trainer, number, optimizer)
+                    self._read(number, optimizer)
                 else:
                     self._write_multipliers(number, optimizer)
             return
@@ -215,26 +222,39 @@ class WeightDecayScheduler(Callback):
         for group in groups:
             multiply_weight_decay(group, value, base_weight_decay(group) / strongest if strongest else 0.0)
 
-    def _read(self, trainer: pl.Trainer, number: int, optimizer: Optimizer) -> None:
+    def _observe(self, trainer: pl.Trainer) -> None:
+        """Let a schedule that reads a metric see the value that the epoch brought, if it brought one."""
+        schedule: Any = self.schedule
+        value = trainer.callback_metrics.get(schedule.monitor)
+        if value is None:
+            rank_zero_warn(
+                f"{type(schedule).__name__} monitors {schedule.monitor!r}, which is not among the metrics "
+                f"{sorted(trainer.callback_metrics)}. Weight decay stays as it is."
+            )
+            return
+        if value is self._fit.observed:
+            return  # no validation since: the Trainer keeps the tensor of the last one
+        self._fit.observed = value
+        metrics = {name: float(metric) for name, metric in trainer.callback_metrics.items()}
+        for number, optimizer in enumerate(bare_optimizers(trainer)):
+            self._read(number, optimizer, metrics)
+
+    def _read(self, number: int, optimizer: Optimizer, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ask a feedback schedule for the multipliers of an optimizer's groups, and write them."""
         schedule: Any = self.schedule
-        metrics = {}
-        if schedule.reads == "metric":
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            if schedule.monitor not in metrics:
-                rank_zero_warn(
-                    f"{type(schedule).__name__} monitors {schedule.monitor!r}, which is not among the metrics "
-                    f"{sorted(metrics)}. Weight decay stays as it is."
-                )
-                return
         memory = self._feedback.setdefault(number, {"state": {}})
         memory["multipliers"] = schedule.multipliers(optimizer, metrics, memory["state"])
         self._write_multipliers(number, optimizer)
 
     def _write_multipliers(self, number: int, optimizer: Optimizer) -> None:
-        # 1 where the schedule has read nothing yet, so that whoever follows the multipliers finds one
-        multipliers = chain(self._feedback.get(number, {}).get("multipliers", ()), repeat(1.0))
-        for group, multiplier in zip(optimizer.param_groups, multipliers, strict=False):
+        """Write what the schedule gave last.
+
+        A group added since has what the last one has until the schedule is asked again. Where it was not asked yet all
+        have 1, so that whoever follows the multipliers finds one.
+        """
+        multipliers = self._feedback.get(number, {}).get("multipliers") or [1.0]
+        late = multipliers[-1:] * (len(optimizer.param_groups) - len(multipliers))
+        for group, multiplier in zip(optimizer.param_groups, [*multipliers, *late], strict=False):
             if "weight_decay" in group:
                 multiply_weight_decay(group, multiplier)
 
@@ -256,14 +276,15 @@ def _probe(schedule: Schedule, length: int) -> None:
 class _Fit:
     """What is known of the running fit.
 
-    The schedule's length, whether groups are still to come once lazy parameters have their shape, and what is hidden
-    while a checkpoint is taken.
+    The schedule's length, whether groups are still to come once lazy parameters have their shape, the value of a metric
+    that was read last, and what is hidden while a checkpoint is taken.
     """
 
     optimizers: list[Optimizer]
     length: int
     checked: bool = False
     waits_for_groups: bool = False
+    observed: Tensor | None = None
     hidden: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
 
     def hide(self) -> None:

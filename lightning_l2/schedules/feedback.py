@@ -62,6 +62,7 @@ class FeedbackSchedule(ABC):
 class PlateauSchedule(FeedbackSchedule):
     """Change the multiplier when a metric has stopped improving, as torch's `ReduceLROnPlateau` does for lr.
 
+    An observation is a value that an epoch brought; an epoch without validation brings none of a validation metric.
     After more than `patience` observations without improvement, `multiplier <- multiplier * factor` (within its
     bounds); the next `cooldown` observations don't count. An improvement by mode and threshold mode:
     `metric < best * (1 - threshold)` (min, rel), `best - threshold` (min, abs), `> best * (1 + threshold)` (max, rel),
@@ -180,7 +181,7 @@ class LRSchedule(FeedbackSchedule):
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""
         for index, group in enumerate(optimizer.param_groups):
-            if "lr" not in group:
+            if group.get("lr") is None:
                 raise ValueError(
                     f"{type(self).__name__} reads the learning rate of each parameter group, but group {index} of "
                     f"{type(optimizer).__name__} has no `lr`. All torch optimizers have one."

@@ -54,6 +54,30 @@ def test_trainer_and_cli_of_the_other_package_take_the_callbacks(first: str, sec
     assert done.stdout.count("ratio 0.75") == 3, done.stdout + done.stderr[-2000:]
 
 
+def test_a_look_whether_the_other_package_is_there_changes_nothing() -> None:
+    code = (
+        "import importlib.util, sys, lightning_l2; importlib.util.find_spec('pytorch_lightning');"
+        "import pytorch_lightning; sys.exit(not issubclass(lightning_l2.WeightDecay, pytorch_lightning.Callback))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=200).returncode == 0
+
+
+def test_an_import_of_the_other_package_that_failed_can_be_repeated() -> None:
+    code = """if True:
+        import sys, lightning_l2
+        sys.modules["torchmetrics"] = None  # which it needs
+        try:
+            import pytorch_lightning
+        except ImportError:
+            del sys.modules["torchmetrics"]
+        for name in [name for name in sys.modules if name.startswith(("pytorch_lightning", "torchmetrics"))]:
+            del sys.modules[name]
+        import pytorch_lightning
+        sys.exit(not issubclass(lightning_l2.WeightDecay, pytorch_lightning.Callback))
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=200).returncode == 0
+
+
 def test_the_other_package_is_not_imported() -> None:
     code = "import sys, lightning_l2; lightning_l2.WeightDecay(0.1); sys.exit('pytorch_lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=200).returncode == 0

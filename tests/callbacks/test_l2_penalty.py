@@ -791,15 +791,37 @@ def test_two_processes_penalise_once() -> None:
     torch.testing.assert_close(module.layer.weight.detach(), expected, rtol=1e-14, atol=0)
 
 
+class Growing(Still):
+    """Gets a second layer of ones in its second epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.second = nn.Linear(2, 2, dtype=torch.float64)
+            nn.init.ones_(self.second.weight)
+            self.optimizers().optimizer.add_param_group({"params": list(self.second.parameters())})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + sum((p * 0.0).sum() for p in self.second.parameters()) if hasattr(self, "second") else loss
+
+
+def test_it_penalises_parameters_that_a_module_gets_in_training() -> None:
+    weights = fit(Growing(), L2Penalty(LAMBDA), loader=batches(3), max_epochs=2)
+    expected = torch.ones(2, 2, dtype=torch.float64)
+    torch.testing.assert_close(weights["layer.weight"], expected * (1 - 0.1 * LAMBDA) ** 6, rtol=1e-14, atol=0)
+    torch.testing.assert_close(weights["second.weight"], expected * (1 - 0.1 * LAMBDA) ** 3, rtol=1e-14, atol=0)
+
+
 # --- misuse ---
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"weight_decay": -0.1}, ValueError, "Expected `weight_decay` to be finite and at least 0, got -0.1."),
-        ({"weight_decay": math.inf}, ValueError, "to be finite and at least 0, got inf."),
-        ({"weight_decay": math.nan}, ValueError, "to be finite and at least 0, got nan."),
+        ({"weight_decay": -0.1}, ValueError, "L2Penalty's `weight_decay` must be finite and at least 0, got -0.1."),
+        ({"weight_decay": math.inf}, ValueError, "must be finite and at least 0, got inf."),
+        ({"weight_decay": np.float32("nan")}, ValueError, "must be finite and at least 0, got"),
+        ({"weight_decay": math.nan}, ValueError, "must be finite and at least 0, got nan."),
         ({"weight_decay": None}, TypeError, "L2Penalty needs `weight_decay` to be float | Conversion, but got None"),
         ({"weight_decay": True}, TypeError, "to be float | Conversion, but got True of type bool."),
         (

@@ -124,9 +124,10 @@ def test_nothing_to_draw_is_a_warning(callbacks, message, tmp_path) -> None:
 
 def test_a_training_shorter_than_the_monitors_cadence_is_told_of_it(tmp_path) -> None:
     model = Net(scheduler=torch.optim.lr_scheduler.ConstantLR)
-    with pytest.warns(UserWarning, match=r"no norms .* too short for it: .* every 50 steps, .* `log_every_n_steps`\."):
-        callbacks = [NormPlots(), L2NormMonitor(), LearningRateMonitor("epoch")]
-        make_trainer(callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=50).fit(model, data())
+    callbacks = [NormPlots(), L2NormMonitor(), LearningRateMonitor("epoch")]
+    trainer = make_trainer(callbacks, logger=CSVLogger(tmp_path), log_every_n_steps=50)
+    with pytest.warns(UserWarning, match=r"no norms .* shorter than its `every_n_steps`, .* `log_every_n_steps`\."):
+        trainer.fit(model, data())
 
 
 def test_a_training_that_breaks_off_is_drawn(tmp_path) -> None:

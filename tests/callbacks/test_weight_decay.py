@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -282,6 +283,39 @@ def test_parameters_that_are_not_the_modules_keep_their_decay() -> None:
     }
 
 
+class Growing(Net):
+    """Gets a second head in its second epoch, and gives the optimizer a group for it."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.second = nn.Linear(2, 2)
+            self.optimizers().optimizer.add_param_group({"params": list(self.second.parameters())})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return self.second(y) if hasattr(self, "second") else y
+
+
+def test_rules_decide_on_parameters_that_a_module_gets_in_training() -> None:
+    callback = WeightDecay(0.25, summary=False)
+    make_trainer([callback], max_epochs=2).fit(Growing(), data())
+    decided = {name: row.weight_decay for row in callback.summary() for name in row.names}
+    assert {name: decided[name] for name in ("second.weight", "second.bias")} == {
+        "second.weight": 0.25,
+        "second.bias": 0.0,
+    }
+
+
+def test_an_empty_group_of_the_users_trains() -> None:
+    model, callback = Net(grouped=lambda net: [{"params": []}, {"params": list(net.parameters())}]), WeightDecay(0.25)
+    make_trainer([callback]).fit(model, data())
+    assert [(row.group, row.weight_decay, row.tensors) for row in callback.summary()] == [
+        ("empty", 0.1, 0),
+        ("decay", 0.25, 2),
+        ("no_decay", 0.0, 4),
+    ]
+
+
 class Foreign(Net):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=LR)
@@ -325,6 +359,7 @@ def test_misuse_is_refused_before_the_first_step(model, callback, error, message
     [
         ({"weight_decay": -0.1}, ValueError, r"finite and at least 0, got -0.1"),
         ({"weight_decay": float("nan")}, ValueError, r"finite and at least 0, got nan"),
+        ({"weight_decay": np.float32(-1.0)}, ValueError, r"finite and at least 0, got"),
         ({"weight_decay": True}, TypeError, r"to be float \| Conversion \| None, but got True"),
         ({"weight_decay": "0.1"}, TypeError, r"to be float \| Conversion \| None, but got '0.1'"),
         ({"on_resume": "maybe"}, ValueError, r"'config', 'checkpoint' or 'error', got 'maybe'"),
@@ -337,6 +372,44 @@ def test_misuse_is_refused_before_the_first_step(model, callback, error, message
 def test_arguments_are_checked_at_once(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         WeightDecay(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    callback = WeightDecay(
+        np.float32(0.25), rules=[DecayRule("head", pattern="head", multiplier=np.float32(2)), "default"]
+    )
+    make_trainer([callback]).fit(Net(), data())
+    assert {row.group: row.weight_decay for row in callback.summary()} == {"decay": 0.25, "no_decay": 0.0, "head": 0.5}
+    assert all(type(row.weight_decay) is float for row in callback.summary())
+
+
+def test_the_summary_file_may_be_in_a_folder_to_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "1" / "decay.csv"
+    make_trainer([WeightDecay(0.25, summary=False, summary_file=path)]).fit(Net(), data())
+    assert path.is_file()
+
+
+def test_a_conversion_asks_for_a_learning_rate() -> None:
+    class Relative(torch.optim.SGD):
+        """Finds its steps itself and has None as learning rate, as Adafactor of transformers."""
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self.param_groups[0]["lr"] = None
+
+    with pytest.raises(MisconfigurationException, match=r"no learning rate.*Give `weight_decay` as a number"):
+        make_trainer([WeightDecay(Timescale(epochs=1))]).fit(Net(Relative), data())
+
+
+class Own(WeightDecay):
+    """A user's own kind."""
+
+
+@pytest.mark.parametrize("kinds", [(WeightDecay, Own), (Own, WeightDecay)])
+def test_one_of_a_derived_class_is_a_second_one(kinds: Any) -> None:
+    trainer = make_trainer([kind(0.1, summary=False) for kind in kinds])
+    with pytest.raises(MisconfigurationException, match=r"The Trainer has 2 WeightDecay callbacks.*Keep one"):
+        trainer.fit(Net(), data())
 
 
 def test_group_names_are_unique_over_optimizers() -> None:
@@ -395,3 +468,43 @@ def test_a_rollback_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     plain.load_state_dict(torch.load(tmp_path / "good.ckpt", weights_only=True)["state_dict"])
     make_trainer().fit(plain, batches(3))
     assert_same_weights(model, plain)
+
+
+class Lists:
+    """A scheduler of another library: one rate a group, and a list that has as many entries by chance."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.window = [0.5]
+
+    def step(self, *_: Any) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.window[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rates = state["rates"]
+
+
+def test_lists_of_other_libraries_schedulers_are_declared() -> None:
+    class Module(Net):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            scheduler.step()
+
+    seen: list[Any] = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            scheduler = trainer.lr_scheduler_configs[0].scheduler
+            seen.append(
+                (scheduler.rates, scheduler.window, [group["lr"] for group in trainer.optimizers[0].param_groups])
+            )
+
+    callback = WeightDecay(0.1, summary=False, lr_scheduler_attributes={"rates": True, "window": False})
+    trainer = make_trainer([callback, Spy()])
+    trainer.fit(Module(scheduler=Lists), batches(1))
+    assert seen == [([0.1, 0.1], [0.5], [0.05, 0.05])]
+    assert trainer.lr_scheduler_configs[0].scheduler.rates == [0.1]

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2 import WeightDecay, WeightDecayScheduler
-from lightning_l2.adaptive import AdaptiveDecay
+from lightning_l2.adaptive import AdaptiveDecay, CorrectedDecay
 from lightning_l2.schedules import ConstantSchedule, FeedbackSchedule, LinearSchedule, LRSchedule, PlateauSchedule
 from tests.helpers import DecayWatch, Net, Shrinking, batches, make_trainer
 
@@ -94,6 +94,65 @@ def test_a_plateau_lowers_lambda_and_resume_remembers_it(tmp_path) -> None:
     assert whole == pytest.approx([0.4, 0.4, 0.4, 0.4, 0.2], abs=1e-12)
     first = plateau_fit(tmp_path, 4)
     assert first + plateau_fit(tmp_path, 5, str(tmp_path / "last.ckpt")) == pytest.approx(whole, abs=1e-12)
+
+
+class Seldom(Plateau):
+    """Validates after its second, fourth, ... epoch only."""
+
+    losses = (9.0, 3.0, 9.0, 3.0, 9.0, 2.0, 9.0, 2.0, 9.0, 1.0)
+
+
+def test_a_metric_is_observed_once_however_long_it_stands() -> None:
+    """The validations bring 3, 3, 2, 2: never two in a row without an improvement, the patience of 1."""
+    model = Seldom()
+    trainer = make_trainer(
+        [WeightDecayScheduler(PlateauSchedule("val_loss", patience=1, factor=0.5))],
+        max_epochs=9,
+        check_val_every_n_epoch=2,
+        num_sanity_val_steps=0,
+    )
+    with pytest.warns(UserWarning, match="monitors 'val_loss', which is not among"):  # after the first epoch
+        trainer.fit(model, batches(1), batches(1))
+    assert model.watches[0].of(HEAD) == pytest.approx([0.4] * 9, abs=1e-12)
+
+
+class Late(Plateau):
+    """Adds the head's bias with a weight decay of its own in the fourth epoch."""
+
+    losses = (1.0,) * 6
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD([self.body[0].weight, self.head.weight], lr=0.5, weight_decay=0.4)
+        self.watches = [DecayWatch(self, optimizer)]
+        return optimizer
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 3:
+            optimizer = self.optimizers().optimizer
+            optimizer.add_param_group({"params": [self.head.bias], "weight_decay": 0.8})
+            self.watches.append(DecayWatch(self, optimizer))
+
+
+def test_a_group_that_comes_late_has_the_multiplier_of_the_others() -> None:
+    model = Late()
+    schedule = PlateauSchedule("val_loss", patience=0, factor=0.5)
+    trainer = make_trainer([WeightDecayScheduler(schedule)], max_epochs=5, num_sanity_val_steps=0)
+    trainer.fit(model, batches(1), batches(1))
+    assert model.watches[0].of(HEAD) == pytest.approx([0.4, 0.4, 0.2, 0.1, 0.05], abs=1e-12)
+    assert model.watches[1].of("head.bias") == pytest.approx([0.2, 0.1], abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [LRSchedule(), CorrectedDecay()])
+def test_a_schedule_of_the_learning_rate_asks_for_one(schedule: FeedbackSchedule) -> None:
+    class Relative(torch.optim.SGD):
+        """Finds its steps itself and has None as learning rate, as Adafactor of transformers."""
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1, weight_decay=0.1)
+            self.param_groups[0]["lr"] = None
+
+    with pytest.raises(ValueError, match="reads the learning rate of each parameter group, but group 0 of Relative"):
+        make_trainer([WeightDecayScheduler(schedule)]).fit(Net(Relative), batches(1))
 
 
 def test_a_metric_that_is_not_there_warns_and_trains_on() -> None:
