@@ -5,14 +5,20 @@ Nothing here imports the package under test, so no expectation can come from it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+# LIGHTNING_L2_ACCELERATOR=gpu trains on a GPU what else trains on the CPU
+ACCELERATOR = os.environ.get("LIGHTNING_L2_ACCELERATOR", "cpu")
+DEVICE = "cuda" if ACCELERATOR == "gpu" else "cpu"
 
 DECAYED = {"body.0.weight", "head.weight"}
 EXEMPT = {"body.0.bias", "body.1.weight", "body.1.bias", "head.bias"}
@@ -167,9 +173,9 @@ def stream(count: int) -> DataLoader[Any]:
 
 
 def make_trainer(callbacks: Iterable[Any] = (), **options: Any) -> pl.Trainer:
-    """A Trainer on the CPU that prints and writes nothing unless it is asked to."""
+    """A Trainer that prints and writes nothing unless it is asked to."""
     defaults: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "logger": False,
         "max_epochs": 1,
@@ -178,6 +184,11 @@ def make_trainer(callbacks: Iterable[Any] = (), **options: Any) -> pl.Trainer:
         "enable_checkpointing": False,
     }
     return pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def fp16(**scaler: Any) -> MixedPrecision:
+    """fp16 with a GradScaler of these options, which Lightning's own flag gives on GPUs only."""
+    return MixedPrecision("16-mixed", DEVICE, torch.amp.GradScaler(DEVICE, **scaler))
 
 
 def hand_grouped(decay: float, exempt: float = 0.0) -> Callable[[nn.Module], list[dict[str, Any]]]:

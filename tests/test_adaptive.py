@@ -19,7 +19,6 @@ import pytest
 import pytorch_optimizer
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,7 +34,7 @@ from lightning_l2.adaptive import (
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.schedules import FeedbackSchedule
 from tests import sharded_adaptive
-from tests.helpers import make_trainer
+from tests.helpers import fp16, make_trainer
 
 STEPS = 20
 LR = 0.05
@@ -510,8 +509,7 @@ def test_gradients_are_read_unscaled(schedule: FeedbackSchedule, apply: str) -> 
     def run(scaled: bool, fused: bool) -> Tensor:
         module = Module(partial(torch.optim.AdamW, lr=LR, fused=fused)).float()
         module.training_step = lambda batch, batch_idx: (module.network(batch[0].float()) - 1.0).square().mean()
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
-        options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaled else {}
+        options = {"plugins": [fp16(init_scale=256.0, growth_interval=2)]} if scaled else {}
         callbacks = [WeightDecay(None, rules=[DecayRule("all")], apply=apply, summary=False)]
         inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
         trainer = make_trainer([*callbacks, WeightDecayScheduler(schedule)], **options)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2.decay import attach_decay, own_way
 from lightning_l2.decay_math import add_decay_gradient, decay_from
+from tests.helpers import ACCELERATOR
 
 LAMBDA = 0.3
 WAYS = ("coupled", "decoupled", "independent", "cautious")
@@ -900,7 +901,7 @@ class Line(pl.LightningModule):
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> Tensor:
     data = DataLoader(TensorDataset(torch.full((4, 2), 2.0, dtype=torch.float64)), batch_size=1)
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         max_steps=1,
         logger=False,
         enable_progress_bar=False,

@@ -36,13 +36,13 @@ def main() -> None:
     million = 16 if arguments.quick else 64
     if "norms" in chosen:
         norms.large(device, million)
-        norms.constant(16)
+        norms.constant(device, 16)
         norms.many(device)
         norms.growth(device)
     if "steps" in chosen:
         steps.monitors(device, arguments.quick)
     if "penalty" in chosen:
-        penalty.penalties()
+        penalty.penalties(device)
     if "scheduling" in chosen:
         scheduling.scheduling()
     if "memory" in chosen:

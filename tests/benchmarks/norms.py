@@ -57,9 +57,9 @@ def large(device: torch.device, million: int) -> None:
     table(f"One tensor of {million} x 2^20 elements, bandwidth", head, rows)
 
 
-def constant(million: int) -> None:
+def constant(device: torch.device, million: int) -> None:
     """Equal elements, where rounding adds up."""
-    tensor = torch.full((million * 2**20,), 0.0577)
+    tensor = torch.full((million * 2**20,), 0.0577, device=device)
     ours, theirs = squared_norms([tensor]).item(), torch.linalg.vector_norm(tensor).item() ** 2
     print(f"\nEqual elements, {million} x 2^20: our error {error(tensor, ours)}, vector_norm's {error(tensor, theirs)}")
 

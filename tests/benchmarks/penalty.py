@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_l2.penalty import L2Objective, Penalised
-from tests.benchmarks.timing import now, table
+from tests.benchmarks.timing import now, table, wait
 
 LAMBDA = 1e-2
 VARIANTS = ("no decay", "native", "L2Penalty", "autograd snippet")
@@ -48,17 +48,19 @@ class Allocated(TorchDispatchMode):
         return result
 
 
-def variant(name: str, make_model: Callable[[], nn.Module], make_optimizer: Any) -> tuple[Callable[[], None], int]:
+def variant(
+    name: str, make_model: Callable[[], nn.Module], make_optimizer: Any, device: torch.device
+) -> tuple[Callable[[], None], int]:
     """Return one training step of a variant, and the bytes it allocates over a step without any decay."""
     torch.manual_seed(0)
-    model = make_model()
+    model = make_model().to(device)
     weights = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     native = LAMBDA if name == "native" else 0.0
     optimizer = make_optimizer([{"params": weights, "weight_decay": native}, {"params": rest}], weight_decay=0.0)
     objective = L2Objective([optimizer])
     objective.penalise({id(p): Penalised("", "", LAMBDA) for p in weights})
-    x = torch.randn(64, weights[0].shape[1])
+    x = torch.randn(64, weights[0].shape[1], device=device)
 
     def loss() -> Tensor:
         value = model(x).square().mean()
@@ -79,16 +81,20 @@ def variant(name: str, make_model: Callable[[], nn.Module], make_optimizer: Any)
     return step, allocated.bytes
 
 
-def measure(make_model: Callable[[], nn.Module], make_optimizer: Any, rounds: int) -> dict[str, tuple[float, int]]:
+def measure(
+    make_model: Callable[[], nn.Module], make_optimizer: Any, rounds: int, device: torch.device
+) -> dict[str, tuple[float, int]]:
     """Return the seconds of each variant's step, and the bytes it allocates over a step without any decay."""
-    steps, allocated = zip(*(variant(name, make_model, make_optimizer) for name in VARIANTS), strict=True)
+    steps, allocated = zip(*(variant(name, make_model, make_optimizer, device) for name in VARIANTS), strict=True)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     contenders = list(zip(VARIANTS, steps, strict=True))
     for _ in range(rounds):
         random.shuffle(contenders)  # what ran just before leaves its mark in the caches
         for name, step in contenders:
+            wait(device)
             start = now()
             step()
+            wait(device)
             seconds[name].append(now() - start)
     return {
         name: (statistics.median(seconds[name]), total - allocated[0])
@@ -96,13 +102,13 @@ def measure(make_model: Callable[[], nn.Module], make_optimizer: Any, rounds: in
     }
 
 
-def penalties(rounds: int = 100) -> None:
+def penalties(device: torch.device, rounds: int = 100) -> None:
     """Time over that of native decay, and memory, by model and optimizer."""
     torch.set_flush_denormal(True)  # gradients that vanish would slow down whoever adds nothing to them
     rows = []
     for model_name, make_model in MODELS.items():
         for optimizer_name, make_optimizer in OPTIMIZERS.items():
-            found = measure(make_model, make_optimizer, rounds)
+            found = measure(make_model, make_optimizer, rounds, device)
             native = found["native"][0]
             rows.append(
                 [

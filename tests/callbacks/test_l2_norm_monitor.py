@@ -20,14 +20,13 @@ from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelChec
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.alarms import NormAlarms
 from lightning_l2.norm_options import NormOptions
-from tests.helpers import Net, ValidatedNet, data, make_trainer
+from tests.helpers import Net, ValidatedNet, data, fp16, make_trainer
 
 EVERYTHING: dict[str, Any] = {
     "per": "parameter",
@@ -181,13 +180,6 @@ def test_gradients_around_clipping(gradients: Any) -> None:
         assert (row["grad_norm/total"] <= 0.0501) == (gradients == "after_clipping")
 
 
-class Scaled(MixedPrecision):
-    """fp16 on the CPU, with a scale that the first step overflows at."""
-
-    def __init__(self) -> None:
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=1000))
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("gradients", ["before_clipping", "after_clipping"])
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*autocast.*")
@@ -199,7 +191,7 @@ def test_fp16_gradients_are_unscaled_and_skipped_steps_move_nothing(fused: bool,
 
     model = Overflowing(lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.2, fused=fused))
     monitor = L2NormMonitor(gradients=gradients, updates=True)
-    rows, saved, _ = fit(monitor, model, plugins=[Scaled()])
+    rows, saved, _ = fit(monitor, model, plugins=[fp16(init_scale=2.0**17, growth_interval=1000)])
     skipped = {step for step in rows.rows if torch.equal(vector(saved.after[step]), vector(saved.before[step]))}
     assert {2, 3} <= skipped < set(rows.rows)
     for step, row in rows.rows.items():

@@ -19,7 +19,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -35,6 +34,7 @@ from lightning_l2.convert import GaussianPrior
 from lightning_l2.penalty import L2Objective, Penalised
 from lightning_l2.rules import DecayRule
 from lightning_l2.schedules import LinearSchedule, PlateauSchedule
+from tests.helpers import ACCELERATOR, fp16
 
 LAMBDA = 0.3
 Make = Callable[[Any], Optimizer]
@@ -94,7 +94,7 @@ def data(count: int = 20, batch_size: int = 2) -> DataLoader[Any]:
 
 def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     defaults = {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "max_epochs": 1,
         "logger": False,
         "enable_progress_bar": False,
@@ -353,8 +353,7 @@ def test_an_optimizer_torch_does_not_know_gets_the_whole_loss() -> None:
 
 
 def scaled(init_scale: float) -> dict[str, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=1000)
-    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    return {"plugins": fp16(init_scale=init_scale, growth_interval=1000)}
 
 
 def fused_sgd(params: Any) -> Optimizer:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_l2 import WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import DECAYED, EXEMPT, Net, Shrinking, assert_same_weights, batches, data, make_trainer
+from tests.helpers import DECAYED, EXEMPT, Net, Shrinking, assert_same_weights, batches, data, fp16, make_trainer
 
 Make = Callable[[Any], Optimizer]
 WAYS = ["coupled", "decoupled", "independent", "cautious"]
@@ -202,8 +201,7 @@ def test_skipped_fp16_steps_decay_nothing(apply: str) -> None:
             return self.loss() * (float("inf") if batch_idx in (3, 4) else 1.0)
 
     model = Overflowing()
-    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
-    make_trainer(scheduled(apply), plugins=[precision]).fit(model, batches(10))
+    make_trainer(scheduled(apply), plugins=[fp16(init_scale=4.0)]).fit(model, batches(10))
     assert len(model.watches[0].steps) == 8
     lr = 1.0 if apply == "independent" else 0.1
     lambdas = np.delete(0.2 * np.arange(10) / 9, [3, 4])

@@ -14,12 +14,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from lightning_l2 import WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import Schedule
-from tests.helpers import DecayWatch, Shrinking, batches, make_trainer, sgd, stream
+from tests.helpers import DecayWatch, Shrinking, batches, fp16, make_trainer, sgd, stream
 
 
 @dataclass(frozen=True)
@@ -269,9 +268,7 @@ def test_skipped_fp16_steps_advance_the_clock_and_decay_nothing(accumulate: int)
             return self.loss() * (float("inf") if batch_idx in bad else 1.0)
 
     model = Overflowing()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    precision = MixedPrecision("16-mixed", "cpu", scaler)
-    trainer = make_trainer(callbacks(), plugins=[precision], accumulate_grad_batches=accumulate)
+    trainer = make_trainer(callbacks(), plugins=[fp16(init_scale=4.0)], accumulate_grad_batches=accumulate)
     trainer.fit(model, batches(10 * accumulate))
     watch = model.watches[0]
     skipped = [index // accumulate for index in bad]

@@ -9,12 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_optimizer
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule, WeightDecay
-from tests.helpers import DECAYED, Net, assert_same_weights, data, hand_grouped, make_trainer
+from tests.helpers import DECAYED, Net, assert_same_weights, data, fp16, hand_grouped, make_trainer
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": partial(torch.optim.AdamW, lr=0.01),
@@ -113,8 +112,7 @@ def test_skipped_fp16_steps(name: str, accumulate: int) -> None:
             scales.append(self.trainer.precision_plugin.scaler.get_scale())
 
     def run(*mine: pl.Callback, **options: Any) -> pl.LightningModule:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
-        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        precision = fp16(init_scale=2.0**22, growth_interval=4)
         model = seeded(Scaled, OPTIMIZERS[name], **options)
         return train(model, *mine, plugins=[precision], accumulate_grad_batches=accumulate)
 

@@ -7,12 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_l2 import L2Penalty, WeightDecay
-from tests.helpers import DECAYED, Net, data, make_trainer
+from tests.helpers import DECAYED, Net, data, fp16, make_trainer
 
 LAMBDA = 0.2
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -36,8 +35,7 @@ class Penalised(Net):
 def train(make: Any, module: type[Net] = Net, *callbacks: pl.Callback, scaled: bool = False, **options: Any) -> Net:
     torch.manual_seed(0)
     if scaled:
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+        options["plugins"] = [fp16(init_scale=1024.0)]
     model = module(make)
     make_trainer(callbacks, **options).fit(model, data())
     return model

@@ -12,7 +12,17 @@ from torch import nn
 
 from lightning_l2 import L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import Net, Shrinking, ValidatedNet, assert_same_weights, batches, data, make_trainer, weights
+from tests.helpers import (
+    ACCELERATOR,
+    Net,
+    Shrinking,
+    ValidatedNet,
+    assert_same_weights,
+    batches,
+    data,
+    make_trainer,
+    weights,
+)
 
 # Penalty and decay at once shrink twice, which here is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:L2Penalty penalises .* that their optimizer decays as well")
@@ -124,7 +134,7 @@ class TheirNet(pytorch_lightning.LightningModule):
 def test_the_other_packages_trainer() -> None:
     model = TheirNet()
     trainer = pytorch_lightning.Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         callbacks=ours()[:3],
         logger=False,
         max_epochs=2,
@@ -144,7 +154,7 @@ def test_the_same_callbacks_in_trainers_of_both_packages() -> None:
     callbacks = ours()[:3]
     for trainer_class, model in ((pl.Trainer, Shrinking()), (pytorch_lightning.Trainer, TheirNet())):
         trainer_class(
-            accelerator="cpu",
+            accelerator=ACCELERATOR,
             callbacks=callbacks,
             logger=False,
             max_epochs=1,

@@ -32,7 +32,7 @@ def free_port() -> str:
 
 
 def ranks_of(strategy: str) -> range:
-    return range(1 if strategy == "single" else 2)
+    return range(1 if strategy == "single" else worker.PROCESSES)
 
 
 def launch(strategy: str, folder: Path) -> None:
@@ -45,7 +45,7 @@ def launch(strategy: str, folder: Path) -> None:
         "WORLD_SIZE": str(len(ranks)),
         "NODE_RANK": "0",
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": "cuda" if worker.ON_GPU else "cpu",
     }
     processes = []
     for rank in ranks:
@@ -127,7 +127,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 @pytest.mark.parametrize("strategy", [*WITH_CHECKPOINTS, *DEEPSPEED])
 def test_it_trains_as_the_expert_on_the_same_strategy(strategy: str, found: Found) -> None:
-    for rank in (0, 1):
+    for rank in ranks_of(strategy):
         results = found(strategy, "rules_and_schedule", rank)
         assert_equal(results["actual"], results["expected"])
 
@@ -247,9 +247,9 @@ def test_spectra_are_those_of_whole_matrices(strategy: str, found: Found) -> Non
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *DEEPSPEED])
 def test_both_processes_can_monitor_the_total(strategy: str, found: Found) -> None:
     """Early stopping and checkpoints decide alike only if every process has the value."""
-    values = [found(strategy, "monitor", rank)["metrics"] for rank in (0, 1)]
+    values = [found(strategy, "monitor", rank)["metrics"] for rank in ranks_of(strategy)]
     for key in ("l2_norm/total", "l2_penalty/total"):
-        assert values[0][key] == values[1][key]
+        assert values[0][key] == values[-1][key]
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *DEEPSPEED])

@@ -29,6 +29,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_l2 import L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
 
+ON_GPU = os.environ.get("LIGHTNING_L2_ACCELERATOR") == "gpu"
+# NCCL gives a GPU to one process alone
+PROCESSES = 1 if ON_GPU else 2
+BACKEND = "nccl" if ON_GPU else "gloo"
 DECAYED = {"body.0.weight", "head.weight"}
 STEPS_AN_EPOCH, EPOCHS = 4, 2
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -70,13 +74,15 @@ def strategy_of(name: str) -> Any:
     if name == "single":
         return "auto"
     if name in ("ddp", "zero"):
-        return DDPStrategy(process_group_backend="gloo")
+        return DDPStrategy(process_group_backend=BACKEND)
     if name == "fsdp1":
-        return CPUFSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type="sharded", process_group_backend="gloo")
+        fsdp = FSDPStrategy if ON_GPU else CPUFSDPStrategy
+        return fsdp(auto_wrap_policy={nn.Linear}, state_dict_type="sharded", process_group_backend=BACKEND)
     if name.startswith("deepspeed"):
-        return CPUDeepSpeedStrategy(stage=int(name[-1]), process_group_backend="gloo")
+        deepspeed = DeepSpeedStrategy if ON_GPU else CPUDeepSpeedStrategy
+        return deepspeed(stage=int(name[-1]), process_group_backend=BACKEND)
     return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=name == "fsdp2-sharded"
+        data_parallel_size=PROCESSES, tensor_parallel_size=1, save_distributed_checkpoint=name == "fsdp2-sharded"
     )
 
 
@@ -195,7 +201,7 @@ class Runner:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
-        self.processes = 1 if name == "single" else 2
+        self.processes = 1 if name == "single" else PROCESSES
         self.rank = int(os.environ["LOCAL_RANK"])
         self.adamw = zero_adamw if name == "zero" else adamw
 
@@ -222,7 +228,7 @@ class Runner:
         model = Net(optimizer or self.adamw, by_hand, fsdp2=self.name.startswith("fsdp2"))
         saving = [ModelCheckpoint(self.folder, save)] if save else []
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if ON_GPU else "cpu",
             devices=self.processes,
             callbacks=[*callbacks, *saving, collect],
             max_epochs=epochs,
@@ -431,7 +437,7 @@ def scenario_options(runner: Runner) -> dict[str, Any]:
     ]
     found = {}
     for option in options:
-        strategy = DDPStrategy(process_group_backend="gloo", **option)
+        strategy = DDPStrategy(process_group_backend=BACKEND, **option)
         mine = [WeightDecay(0.3, apply="coupled", before_clipping=True, summary=False), L2NormMonitor(every_n_steps=1)]
         found[next(iter(option), "plain")] = runner.fit(mine, strategy=strategy, gradient_clip_val=0.05)[0]
     return found
