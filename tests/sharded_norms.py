@@ -84,9 +84,9 @@ def tracked():
     """The same by one process, DDP, FSDP1 and FSDP2."""
     single, _ = track(net())
     found = {}
-    sharded = net()
+    sharded, mesh = net(), init_device_mesh("cpu", (2,))
     for module in (sharded[0], sharded):
-        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(module, mesh=mesh)
     flat = fsdp1(ShardingStrategy.FULL_SHARD)
     replicated = nn.parallel.DistributedDataParallel(net())
     for name, model, root in (

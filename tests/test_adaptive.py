@@ -517,7 +517,7 @@ def test_gradients_are_read_unscaled(schedule: FeedbackSchedule, apply: str) -> 
         return nn.utils.parameters_to_vector(module.parameters()).detach()
 
     fused, plain, unscaled = run(True, True), run(True, False), run(False, False)
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
     assert (fused - unscaled).norm() < 0.02 * unscaled.norm()
 
 

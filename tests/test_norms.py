@@ -110,6 +110,7 @@ def test_several_empty_tensors_among_others() -> None:
     assert local_inner_products(tensors, tensors).tolist() == [0.0, 4.0, 0.0, 0.0, 4.0, 9.0]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # older torch
 def test_other_dtypes_and_kinds() -> None:
     whole = CONTENTS["normal"](300_000)
     sparse = torch.eye(30).to_sparse()

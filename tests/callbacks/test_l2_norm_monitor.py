@@ -292,7 +292,7 @@ def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
     found = events.Histograms("weights/body.0.weight")
     assert [event.step for event in found] == [0, 3, 6]
     for event in found:
-        weight = saved.before[event.step]["body.0.weight"].flatten()
+        weight = saved.before[event.step]["body.0.weight"].flatten().cpu()
         value = event.histogram_value
         assert (value.num, value.min, value.max) == (
             32,

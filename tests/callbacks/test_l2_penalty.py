@@ -246,7 +246,7 @@ def test_sparse_gradients_are_penalised_in_their_rows() -> None:
             nn.init.ones_(self.table.weight)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return (self.table(torch.tensor([2, 2])) * 0.0).sum()
+            return (self.table(torch.tensor([2, 2], device=self.device)) * 0.0).sum()
 
         def configure_optimizers(self) -> Optimizer:
             return sgd(self.parameters())
@@ -457,7 +457,7 @@ def test_lazy_layers_where_the_module_calls_backward_itself() -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
             self.optimizers().zero_grad()
             (self.late(batch[0]) * 0.0).sum().backward()
-            self.before = self.late.weight.detach().clone()
+            self.before = self.late.weight.detach().cpu().clone()
             self.optimizers().step()
 
         def configure_optimizers(self) -> Optimizer:
@@ -785,7 +785,7 @@ trainer:
 
 def test_two_processes_penalise_once() -> None:
     module = Still()
-    make_trainer(L2Penalty(LAMBDA), strategy="ddp_fork", devices=2).fit(module, batches(6))
+    make_trainer(L2Penalty(LAMBDA), accelerator="cpu", strategy="ddp_fork", devices=2).fit(module, batches(6))
     expected = torch.full((2, 2), (1 - 0.1 * LAMBDA) ** 3, dtype=torch.float64)
     torch.testing.assert_close(module.layer.weight.detach(), expected, rtol=1e-14, atol=0)
 
@@ -795,7 +795,7 @@ class Growing(Still):
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
-            self.second = nn.Linear(2, 2, dtype=torch.float64)
+            self.second = nn.Linear(2, 2, dtype=torch.float64, device=self.device)
             nn.init.ones_(self.second.weight)
             self.optimizers().optimizer.add_param_group({"params": list(self.second.parameters())})
 

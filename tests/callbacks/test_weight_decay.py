@@ -237,7 +237,7 @@ def test_lazy_parameters_are_decided_once_they_have_a_shape() -> None:
     class Remember(pl.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
             if not before:
-                before.update({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+                before.update({name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()})
 
     make_trainer([callback, Remember()]).fit(model, batches(2))
     for name, parameter in model.named_parameters():
@@ -256,7 +256,7 @@ def test_lazy_parameters_where_the_module_calls_backward_itself(apply: Any) -> N
         def training_step(self, batch: Any, batch_idx: int) -> None:
             self.optimizers().zero_grad()
             super().training_step(batch, batch_idx).backward()
-            self.before = self.net[0].weight.detach().clone()
+            self.before = self.net[0].weight.detach().cpu().clone()
             self.optimizers().step()
 
     model, callback = Own(), WeightDecay(DECAY, apply=apply, summary=False)
@@ -288,7 +288,7 @@ class Growing(Net):
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
-            self.second = nn.Linear(2, 2)
+            self.second = nn.Linear(2, 2, device=self.device)
             self.optimizers().optimizer.add_param_group({"params": list(self.second.parameters())})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

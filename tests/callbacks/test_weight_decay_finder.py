@@ -40,7 +40,7 @@ class Restless(pl.LightningModule):
         x, y = batch
         self.hidden += 1
         self.seen.append(float(x.sum()) + random.random() + float(np.random.rand()) + float(self.hidden))
-        noise = torch.randn(x.shape, generator=self.generator) * 0.1
+        noise = torch.randn(x.shape, generator=self.generator).to(x) * 0.1
         loss = nn.functional.mse_loss(self.head(self.body(x + noise)), y)
         self.mean.update(loss.detach())
         return loss

@@ -263,8 +263,8 @@ class Lazy(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         zero = 0.0 * self.layer(batch[0].double()).sum()
         if batch_idx == 0:
-            self.start = self.layer.weight.detach().clone(), self.layer.bias.detach().clone()
-        return zero + 0.05 * self.layer.weight.square().sum() - (self.pull * self.layer.weight).sum()
+            self.start = self.layer.weight.detach().cpu().clone(), self.layer.bias.detach().cpu().clone()
+        return zero + 0.05 * self.layer.weight.square().sum() - (self.pull.to(self.device) * self.layer.weight).sum()
 
     def configure_optimizers(self) -> Any:
         return self.make(self.parameters())

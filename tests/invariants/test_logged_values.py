@@ -187,7 +187,7 @@ def test_penalty_callback_adds_the_gradient_of_the_logged_penalty() -> None:
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
             optimizer.register_step_post_hook(
-                lambda *a: grads.append({n: p.grad.clone() for n, p in self.named_parameters()})
+                lambda *a: grads.append({n: p.grad.cpu().clone() for n, p in self.named_parameters()})
             )
             return optimizer
 

@@ -213,7 +213,7 @@ def test_lazy_modules_are_decided_once_they_have_shapes() -> None:
             return (self.layer(batch[0]) * 0.0).sum()
 
         def configure_optimizers(self) -> Any:
-            self.before = self.layer.weight.detach().clone(), self.layer.bias.detach().clone()
+            self.before = self.layer.weight.detach().cpu().clone(), self.layer.bias.detach().cpu().clone()
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     model = Lazy()

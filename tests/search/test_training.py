@@ -216,7 +216,7 @@ def test_digits_with_few_samples() -> None:
     def fit_and_test(weight_decay: float) -> tuple[Any, ...]:
         class Testing(pl.Callback):
             def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-                x, y = next(iter(test))
+                x, y = (tensor.to(pl_module.device) for tensor in next(iter(test)))
                 with torch.no_grad():
                     wrong = (pl_module.layers(x).argmax(1) != y).double().mean()
                 errors.setdefault(weight_decay, []).append(float(wrong))

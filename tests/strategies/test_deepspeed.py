@@ -176,7 +176,8 @@ def fit(
     model = Net(adamw, **net)
     strategy = OnCPU(config={"zero_optimization": {"stage": 2}}) if strategy is None else strategy
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = make_trainer(callbacks, strategy=strategy, max_epochs=epochs, enable_checkpointing=saves)
+    options = {"accelerator": "cpu", "max_epochs": epochs, "enable_checkpointing": saves}
+    trainer = make_trainer(callbacks, strategy=strategy, **options)
     trainer.fit(model, batches(5), ckpt_path=ckpt)
     return model, trainer
 
