@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule, WeightDecay
-from tests.helpers import DECAYED, Net, assert_same_weights, data, fp16, hand_grouped, make_trainer
+from tests.helpers import DECAYED, DEVICE, Net, assert_same_weights, data, fp16, hand_grouped, make_trainer
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": partial(torch.optim.AdamW, lr=0.01),
@@ -32,8 +32,14 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "Adadelta": partial(torch.optim.Adadelta, lr=1.0),
     "ASGD": partial(torch.optim.ASGD, lr=0.1),
     "Adafactor": partial(torch.optim.Adafactor, lr=0.05),
+    "SGD-fused": partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
     "AdamW-tensor-lr": lambda params: torch.optim.AdamW(params, lr=torch.tensor(0.01), foreach=False),
 }
+if DEVICE == "cuda":  # where alone torch offers them
+    OPTIMIZERS["AdamW-capturable"] = lambda params: torch.optim.AdamW(
+        params, lr=torch.tensor(0.01, device=DEVICE), capturable=True
+    )
+    OPTIMIZERS["Adagrad-foreach"] = partial(torch.optim.Adagrad, lr=0.1, foreach=True)
 # Of another library: a wrapper that shares the list of groups, one with state across groups, a second-order one
 OTHERS: dict[str, Callable[[Any], Optimizer]] = {
     "Lookahead": lambda params: pytorch_optimizer.Lookahead(torch.optim.AdamW(params, lr=0.01), k=3),
