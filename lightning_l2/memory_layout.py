@@ -88,6 +88,9 @@ def in_order(numbers: list[Tensor], order: list[int]) -> Tensor:
     devices = [values.device for values in numbers]
     device = next((device for device in devices if device.type != "cpu"), devices[0])
     # non_blocking: a waiting copy to an accelerator would stall the host, and none goes from it to the host
-    together = torch.cat([values.to(device, wide_dtype(device), non_blocking=True) for values in numbers])
+    moved = [values.to(device, wide_dtype(device), non_blocking=True) for values in numbers]
+    together = moved[0] if len(moved) == 1 else torch.cat(moved)
+    if order == list(range(len(order))):
+        return together
     places = torch.tensor(order).to(device, non_blocking=True)
     return torch.empty_like(together).index_copy_(0, places, together)

@@ -117,6 +117,8 @@ def sum_over_shards(
     >>> sum_over_shards(torch.tensor([2.0]), [torch.ones(2)])
     tensor([2.])
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
     members: dict[ProcessGroup, list[int]] = {}
     for index, tensor in enumerate(tensors):
         group = shards[index] if shards is not None else None
