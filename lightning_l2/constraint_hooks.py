@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightning_l2.constraints import ConstrainedVectors, constrain_, lagrangian_multipliers
+from lightning_l2.constrained_vectors import ConstrainedVectors
+from lightning_l2.constraints import constrain_, lagrangian_multipliers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_l2.bounds import Bound, State
-    from lightning_l2.constraints import Per
+    from lightning_l2.constrained_vectors import Per
 
 Memory = dict[str, dict[str, float]]
 

@@ -18,54 +18,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from lightning_l2.decay_hooks import Attached, Compared, Coupled, DecayHandle, PeakLR, Scaled, peak_of, torch_class
+from lightning_l2.decay_hooks import Compared, Coupled, PeakLR, Scaled, peak_of
 from lightning_l2.decay_math import is_zero
+from lightning_l2.optimizer_facts import (
+    DECOUPLED_FLAG,
+    OWN_WAY,
+    has_decoupled_flag,
+    is_schedule_free,
+    own_way,
+    torch_class,
+)
+from lightning_l2.step_hooks import Attached, DecayHandle
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Apply: TypeAlias = Literal["optimizer", "coupled", "decoupled", "independent", "cautious"]
-Way: TypeAlias = Literal["coupled", "decoupled"]
-
-_OWN_WAY: dict[str, Way] = {
-    "SGD": "coupled",
-    "Adam": "coupled",
-    "Adamax": "coupled",
-    "NAdam": "coupled",
-    "RAdam": "coupled",
-    "RMSprop": "coupled",
-    "Adagrad": "coupled",
-    "Adadelta": "coupled",
-    "ASGD": "coupled",
-    "AdamW": "decoupled",
-    "Adafactor": "decoupled",
-    "Muon": "decoupled",
-}
-_FLAG = "decoupled_weight_decay"
-
-
-def own_way(optimizer: Optimizer) -> Way | None:
-    """Return how an optimizer applies `weight_decay` itself, None where it has none or nothing is known.
-
-    Coupled are SGD, Adam, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta and ASGD (whose `lambd` is a decay of its
-    own besides); decoupled are AdamW, Adafactor, Muon, and Adam, NAdam and RAdam with `decoupled_weight_decay=True`;
-    LBFGS, Rprop and SparseAdam have none. Schedule-free optimizers decay y, the point where they take the gradient.
-
-    Args:
-        optimizer: A bare torch optimizer.
-
-    Example:
-        >>> import torch
-        >>> own_way(torch.optim.AdamW([torch.zeros(1)]))
-        'decoupled'
-    """
-    if _is_schedule_free(optimizer):
-        return "decoupled" if "weight_decay" in optimizer.defaults else None
-    name = torch_class(optimizer)
-    if _has_flag(optimizer):
-        ways: set[Way] = {"decoupled" if group[_FLAG] else "coupled" for group in optimizer.param_groups}
-        return ways.pop() if len(ways) == 1 else None
-    return _OWN_WAY.get(name or "")
 
 
 def attach_decay(
@@ -122,24 +90,14 @@ def attach_decay(
         return DecayHandle()
     _check_attachable(optimizer, apply)
     check_groups(optimizer, apply, peak_lr)
-    if apply in ("coupled", "decoupled") and not before_clipping and _has_flag(optimizer):
-        return Attached(optimizer, {_FLAG: apply == "decoupled"})
+    if apply in ("coupled", "decoupled") and not before_clipping and has_decoupled_flag(optimizer):
+        return Attached(optimizer, {DECOUPLED_FLAG: apply == "decoupled"})
     if apply == "coupled":
         return Coupled(optimizer, before_clipping)
     # these directions depend on the weights, so the weights must not have decayed before the update
     depends_on_weights = torch_class(optimizer) in ("LBFGS", "Adafactor")
     steps = Compared if apply == "cautious" or depends_on_weights else Scaled
     return steps(optimizer, apply, peak_lr)
-
-
-def _has_flag(optimizer: Optimizer) -> bool:
-    return torch_class(optimizer) in ("Adam", "AdamW", "NAdam", "RAdam") and all(
-        _FLAG in group for group in optimizer.param_groups
-    )
-
-
-def _is_schedule_free(optimizer: Optimizer) -> bool:
-    return hasattr(optimizer, "train_mode") or any("train_mode" in group for group in optimizer.param_groups)
 
 
 def check_options(apply: Apply, before_clipping: bool, peak_lr: PeakLR) -> None:
@@ -164,7 +122,7 @@ def check_options(apply: Apply, before_clipping: bool, peak_lr: PeakLR) -> None:
 
 def _check_own(optimizer: Optimizer) -> None:
     known = torch_class(optimizer)
-    if known not in _OWN_WAY and (known or not all("weight_decay" in group for group in optimizer.param_groups)):
+    if known not in OWN_WAY and (known or not all("weight_decay" in group for group in optimizer.param_groups)):
         raise ValueError(
             f"{type(optimizer).__name__} has no weight decay of its own, so apply='optimizer' would do nothing. "
             "Choose apply='coupled', 'decoupled', 'independent' or 'cautious'."
@@ -178,7 +136,7 @@ def _check_attachable(optimizer: Optimizer, apply: Apply) -> None:
             f"{name} has no step hooks (`register_step_pre_hook`), which apply={apply!r} needs. "
             "Give the bare torch optimizer, or leave the decay to it with apply='optimizer'."
         )
-    if _is_schedule_free(optimizer) and apply != "coupled":
+    if is_schedule_free(optimizer) and apply != "coupled":
         raise ValueError(
             f"{name} keeps weights besides the ones it is given, which apply={apply!r} would not reach. "
             "Choose apply='optimizer' or 'coupled'."

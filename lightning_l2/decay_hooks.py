@@ -1,12 +1,10 @@
-"""Hooks that put decay into `optimizer.step()`, one class for each way it can act."""
+"""What the ways to apply decay do in `optimizer.step()`, one class each."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from torch.nn.parameter import is_lazy
 
 from lightning_l2.decay_math import (
@@ -22,40 +20,14 @@ from lightning_l2.decay_math import (
     write,
 )
 from lightning_l2.norms import squared_norms
+from lightning_l2.optimizer_facts import ascent_sign, reads_loss, torch_class
+from lightning_l2.step_hooks import Attached, Group
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-Group: TypeAlias = dict[str, Any]
 PeakLR: TypeAlias = float | Literal["initial"] | None
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-# Kept on the optimizer, as its hooks are, so that both go when its attributes are put back, as after a trial training.
-_MARK = "_has_attached_decay"
-
-
-def torch_class(optimizer: Optimizer) -> str | None:
-    """Return the name of the torch class whose step an optimizer runs, None if it runs another one."""
-    if not _is_of_torch(type(optimizer).step):
-        return None
-    return next((cls.__name__ for cls in type(optimizer).__mro__ if _is_of_torch(cls)), None)
-
-
-def reads_loss(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer may look at the closure's loss, as line searches do; of torch's only LBFGS does."""
-    return torch_class(optimizer) in (None, "LBFGS")
-
-
-def ascent_sign(optimizer: Optimizer, group: Group) -> int:
-    """Return the sign with which a penalty joins the objective: -1 where the optimizer maximises it."""
-    return -1 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1
-
-
-def uncompiled(hook: Hook) -> Hook:
-    """Keep a hook out of a compiled step, where it would be compiled anew whenever lambda changes its kind."""
-    disable: Callable[[Hook], Hook] = torch.compiler.disable
-    return disable(hook)
 
 
 def peak_of(group: Group, peak_lr: float | Literal["initial"]) -> float | Tensor:
@@ -63,147 +35,6 @@ def peak_of(group: Group, peak_lr: float | Literal["initial"]) -> float | Tensor
     if peak_lr != "initial":
         return peak_lr
     return number(group.get("max_lr", group.get("initial_lr", group["lr"])))
-
-
-def wrap_closure(
-    args: tuple[Any, ...], kwargs: Group, wrap: Callable[[Callable[[], Any]], Callable[[], Any]]
-) -> tuple[tuple[Any, ...], Group] | None:
-    """Return the arguments of a step with its closure replaced, None where it has none.
-
-    Args:
-        args: Positional arguments as a pre-hook gets them, the optimizer first.
-        kwargs: Keyword arguments.
-        wrap: What to make of the closure.
-    """
-    if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": wrap(kwargs["closure"])}
-    if len(args) > 1 and args[1] is not None:
-        return (args[0], wrap(args[1]), *args[2:]), kwargs
-    return None
-
-
-class DecayHandle:
-    """What `attach_decay` returns; this one, where the optimizer decays by itself, has nothing to do.
-
-    Attributes:
-        is_paused: Whether steps are left alone. torch.distributed makes one with a learning rate of 0 when it takes an
-            optimizer's state without gradients at hand, also in the middle of another step.
-    """
-
-    is_paused: bool = False
-
-    def remove(self) -> None:
-        """Take the hooks off the optimizer and leave its groups as they were."""
-
-    def restore(self) -> None:
-        """Give the groups back what a step that raised still hides; harmless at any other time."""
-
-    def couple(self) -> None:
-        """With `before_clipping`: add lambda w to the gradients now, once for each time they are taken.
-
-        Call it with unscaled gradients only, so not for a fused optimizer that unscales them in its own step; there
-        the step adds it, and clipping is impossible anyway.
-        """
-
-
-class Attached(DecayHandle):
-    """Hooks on a step that hide some values of the groups from it; subclasses act between gradient and update.
-
-    Args:
-        optimizer: The optimizer.
-        in_step: The values that the groups' keys have while the optimizer updates.
-    """
-
-    def __init__(self, optimizer: Optimizer, in_step: Group) -> None:
-        if getattr(optimizer, _MARK, False):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
-                "Remove the first one with its handle's `remove()`."
-            )
-        self._optimizer = optimizer
-        self._in_step = in_step
-        self._hidden: list[tuple[Group, Group]] = []
-        self._is_running = False
-        self._hooks = [
-            optimizer.register_step_pre_hook(uncompiled(self._on_step)),
-            optimizer.register_step_post_hook(uncompiled(self._on_stepped)),
-        ]
-        # A checkpoint that is written because a step raised must not hold the hidden values.
-        with contextlib.suppress(AttributeError):
-            self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: self.restore()))
-        setattr(optimizer, _MARK, True)
-
-    def remove(self) -> None:
-        """Take the hooks off the optimizer and leave its groups as they were."""
-        self.restore()
-        while self._hooks:
-            self._hooks.pop().remove()
-        vars(self._optimizer).pop(_MARK, None)
-
-    def restore(self) -> None:
-        """Give the groups back what a step hides from the optimizer."""
-        while self._hidden:
-            group, values = self._hidden.pop()
-            group.update(values)
-
-    def _hide(self) -> None:
-        self.restore()
-        for group in self._optimizer.param_groups:
-            values = {key: group[key] for key in self._in_step if key in group}
-            self._hidden.append((group, values))
-            group.update({key: self._in_step[key] for key in values})
-
-    @torch.no_grad()
-    def _on_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: Group) -> tuple[tuple[Any, ...], Group] | None:
-        if self.is_paused:
-            return None
-        self._is_running = True
-        self.restore()
-        with_closure = wrap_closure(args, kwargs, self._wrapped)
-        self._start(with_closure is not None)
-        if with_closure is None:
-            self._before_update()
-        self._hide()
-        return with_closure
-
-    def _wrapped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def evaluate() -> Any:
-            # Whoever runs within the closure finds the lambda in force in the groups.
-            self.restore()
-            self._before_closure()
-            loss = closure()
-            with torch.no_grad():
-                loss = self._objective(loss)
-                self._before_update()
-            self._hide()
-            return loss
-
-        return evaluate
-
-    @torch.no_grad()
-    def _on_stepped(self, *_: Any) -> None:
-        if self.is_paused:
-            return
-        self.restore()
-        if self._is_running:  # False in the step that it was attached within
-            self._after_update()
-        self._is_running = False
-
-    def _start(self, has_closure: bool) -> None:
-        """Prepare a step."""
-
-    def _before_closure(self) -> None:
-        """Prepare a call of the closure."""
-
-    def _objective(self, loss: Any) -> Any:
-        """Return the loss that the optimizer gets for the closure's own."""
-        return loss
-
-    def _before_update(self) -> None:
-        """Act after each call of the closure, or at once where there is none."""
-
-    def _after_update(self) -> None:
-        """Act on what the update has made."""
 
 
 class Coupled(Attached):
@@ -333,7 +164,3 @@ def _lambda(group: Group) -> float | Tensor:
 
 def _trainable(params: list[Tensor]) -> list[Tensor]:
     return [param for param in params if param.requires_grad and not is_lazy(param)]
-
-
-def _is_of_torch(thing: Any) -> bool:
-    return f"{thing.__module__}.".startswith("torch.optim.")

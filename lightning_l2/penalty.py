@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_l2.decay_hooks import ascent_sign, reads_loss, uncompiled, wrap_closure
 from lightning_l2.decay_math import add_decay_gradient
 from lightning_l2.norms import squared_norms
+from lightning_l2.optimizer_facts import ascent_sign, reads_loss
 from lightning_l2.param_groups import base_weight_decay
+from lightning_l2.step_hooks import uncompiled, wrap_closure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

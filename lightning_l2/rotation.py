@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.decay import own_way
-from lightning_l2.decay_hooks import torch_class
+from lightning_l2.optimizer_facts import own_way, torch_class
 from lightning_l2.param_groups import weight_decay_in_force
 
 if TYPE_CHECKING:

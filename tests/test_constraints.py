@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_l2.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
-from lightning_l2.constraints import (
-    ConstrainedVectors,
-    Per,
-    ball_factors,
-    constrain_,
-    lagrangian_multipliers,
-    project_,
-)
+from lightning_l2.constrained_vectors import ConstrainedVectors, Per
+from lightning_l2.constraints import ball_factors, constrain_, lagrangian_multipliers, project_
 from lightning_l2.norms import ROW
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 3, 2, 2), (2, ROW + 3), (2, 3 * ROW)]

@@ -24,13 +24,13 @@ from lightning_l2.callbacks.trainer_access import (
 from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
 from lightning_l2.decay import Apply, attach_decay, check_groups, check_options
-from lightning_l2.decay_hooks import DecayHandle
 from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.parameters import is_undecided
 from lightning_l2.regrouping import Regrouping
 from lightning_l2.resuming import OnResume, Resuming
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
+from lightning_l2.step_hooks import DecayHandle
 from lightning_l2.summary import GroupSummary, print_table, table, write_csv
 
 if TYPE_CHECKING:

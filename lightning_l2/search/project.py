@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_l2.extras import brought_by
+from lightning_l2.search.cli import Parsed, explain, import_class, is_a, search_cli
 from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.run import Outcome, TrialRun
 from lightning_l2.search.suggestion import Trial
@@ -67,14 +65,14 @@ class Project:
     ) -> None:
         given = {"model_class": model_class, "datamodule_class": data_class}
         classes = {name: import_class(path) for name, path in given.items() if path is not None}
-        search_cli = _search_cli(cli)
-        self._cli_class = partial(search_cli, **classes, save_config_callback=None, seed_everything_default=False)
+        cli_class = search_cli(cli, SearchOptions)
+        self._cli_class = partial(cli_class, **classes, save_config_callback=None, seed_everything_default=False)
         try:
             self._cli_class(args=["fit", *arguments])
         except argparse.ArgumentError as error:
             absent = [name for name, path in (("model", model_class), ("data", data_class)) if path is None is cli]
-            raise ValueError(_explain(str(error), absent, search_cli.fit_parser)) from error
-        except _Parsed as parsed:
+            raise ValueError(explain(str(error), absent, cli_class.fit_parser)) from error
+        except Parsed as parsed:
             self._configuration, self._parser = parsed.configuration, parsed.parser
         self._configuration["fit"].pop("config", None)
         options = self._configuration["fit"]["search"].as_dict()
@@ -150,90 +148,6 @@ class Project:
         text = self._parser.dump(configuration, skip_none=False, skip_validation=True)
         plain: dict[str, Any] = yaml.safe_load(text)["fit"]
         return plain
-
-
-def _explain(message: str, absent: Sequence[str], parser: Any) -> str:
-    """Add a way out to what a parser complains about: the closest options, or the classes that were not given."""
-    if unknown := re.search(r"^unrecognized arguments: --([\w.]+)", message, re.IGNORECASE):
-        close = get_close_matches(unknown[1], list(parser.get_defaults().keys()), cutoff=0.5)
-        return f"{message}. Closest options: {', '.join(f'--{name}' for name in close) or 'none'}."
-    options = " and ".join(
-        f"--{name}_class package.module.Class" for name in absent if re.search(rf'(key "|fit\.){name}', message)
-    )
-    if not options:
-        return message
-    return (
-        f"{message}\nWhere the program names its classes itself, as LightningCLI(Model, Data) does, so that the "
-        f"configuration has no class_path, give them here too: {options}."
-    )
-
-
-def import_class(path: str) -> Any:
-    """Return a class by `package.module.Class`.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"There is no class {path!r} ({error}). Give package.module.Class.") from error
-
-
-def is_a(path: str, name: str) -> bool:
-    """Return whether the class at a path is, or derives from, one of a name."""
-    # A class path may also name a function that makes an instance.
-    return any(kind.__name__ == name for kind in getattr(import_class(path), "__mro__", ()))
-
-
-class _Parsed(Exception):
-    def __init__(self, configuration: Any, parser: Any) -> None:
-        self.configuration = configuration
-        self.parser = parser
-
-
-def _search_cli(path: str | None) -> Any:
-    """Return a LightningCLI that parses a command line, or builds what a configuration describes without training."""
-    with brought_by("search", "The command line needs"):
-        import_module("jsonargparse")
-    from lightning.pytorch.cli import LightningCLI
-
-    base: Any = LightningCLI if path is None else import_class(path)
-
-    class SearchCLI(base):  # type: ignore[misc]
-        # It would run before the training does.
-        after_fit = None
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {"fit": base.subcommands()["fit"]}
-
-        def init_parser(self, **options: Any) -> Any:
-            parser = super().init_parser(usage=argparse.SUPPRESS, **options)
-            # So that it raises: its own way prints hundreds of options before the error.
-            parser.exit_on_error = False
-            return parser
-
-        def add_core_arguments_to_parser(self, parser: Any) -> None:
-            type(self).fit_parser = parser
-            parser.add_class_arguments(SearchOptions, "search")
-            super().add_core_arguments_to_parser(parser)
-
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            # Without the warning that arguments are given although the process has some of its own.
-            self.only_parses = isinstance(args, list)
-            self.config = parser.parse_args(args) if self.only_parses else parser.parse_object(args)
-
-        def before_instantiate_classes(self) -> None:
-            super().before_instantiate_classes()
-            if self.only_parses:
-                raise _Parsed(self.config, self.parser)
-
-        def fit(self, model: Any, datamodule: Any = None, **fit_arguments: Any) -> None:
-            self.fit_arguments = fit_arguments
-
-    return SearchCLI
 
 
 def _callbacks(fit: Any) -> list[Any]:

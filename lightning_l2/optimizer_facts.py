@@ -1,0 +1,86 @@
+"""What is known of optimizers: whose step they run, how they decay weights themselves, whether they read the loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.optim import Optimizer
+
+Way: TypeAlias = Literal["coupled", "decoupled"]
+
+OWN_WAY: dict[str, Way] = {
+    "SGD": "coupled",
+    "Adam": "coupled",
+    "Adamax": "coupled",
+    "NAdam": "coupled",
+    "RAdam": "coupled",
+    "RMSprop": "coupled",
+    "Adagrad": "coupled",
+    "Adadelta": "coupled",
+    "ASGD": "coupled",
+    "AdamW": "decoupled",
+    "Adafactor": "decoupled",
+    "Muon": "decoupled",
+}
+# Of torch, in the groups of optimizers that can decay either way
+DECOUPLED_FLAG = "decoupled_weight_decay"
+
+
+def torch_class(optimizer: Optimizer) -> str | None:
+    """Return the name of the torch class whose step an optimizer runs, None if it runs another one."""
+    if not _is_of_torch(type(optimizer).step):
+        return None
+    return next((cls.__name__ for cls in type(optimizer).__mro__ if _is_of_torch(cls)), None)
+
+
+def own_way(optimizer: Optimizer) -> Way | None:
+    """Return how an optimizer applies `weight_decay` itself, None where it has none or nothing is known.
+
+    Coupled are SGD, Adam, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta and ASGD (whose `lambd` is a decay of its
+    own besides); decoupled are AdamW, Adafactor, Muon, and Adam, NAdam and RAdam with `decoupled_weight_decay=True`;
+    LBFGS, Rprop and SparseAdam have none. Schedule-free optimizers decay y, the point where they take the gradient.
+
+    Args:
+        optimizer: A bare torch optimizer.
+
+    Example:
+        >>> import torch
+        >>> own_way(torch.optim.AdamW([torch.zeros(1)]))
+        'decoupled'
+    """
+    if is_schedule_free(optimizer):
+        return "decoupled" if "weight_decay" in optimizer.defaults else None
+    name = torch_class(optimizer)
+    if has_decoupled_flag(optimizer):
+        ways: set[Way] = {"decoupled" if group[DECOUPLED_FLAG] else "coupled" for group in optimizer.param_groups}
+        return ways.pop() if len(ways) == 1 else None
+    return OWN_WAY.get(name or "")
+
+
+def has_decoupled_flag(optimizer: Optimizer) -> bool:
+    """Return whether torch's `decoupled_weight_decay` says how an optimizer decays."""
+    return torch_class(optimizer) in ("Adam", "AdamW", "NAdam", "RAdam") and all(
+        DECOUPLED_FLAG in group for group in optimizer.param_groups
+    )
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer keeps averaged weights, and goes between both as Defazio et al.'s do."""
+    return hasattr(optimizer, "train_mode") or any("train_mode" in group for group in optimizer.param_groups)
+
+
+def reads_loss(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer may look at the closure's loss, as line searches do; of torch's only LBFGS does."""
+    return torch_class(optimizer) in (None, "LBFGS")
+
+
+def ascent_sign(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Return the sign with which a penalty joins the objective: -1 where the optimizer maximises it."""
+    return -1 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1
+
+
+def _is_of_torch(thing: Any) -> bool:
+    return f"{thing.__module__}.".startswith("torch.optim.")
