@@ -94,7 +94,7 @@ def lagrangian_multipliers(
         >>> lagrangian_multipliers(torch.tensor([0.1, 0.1]), torch.tensor([9.0, 1.0]), 2.0, rates=0.1)
         tensor([0.3500, 0.0000])
     """
-    return (multipliers + 0.5 * rates * (squares - bounds**2)).clamp(min=0)
+    return (multipliers + 0.5 * rates * (squares - bounds * bounds)).clamp(min=0)
 
 
 @torch.no_grad()

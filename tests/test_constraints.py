@@ -189,8 +189,9 @@ def test_factors() -> None:
     assert ball_factors(squares[:4], torch.tensor([1.0, 0.5, math.inf, 8.0])).tolist() == [1.0, 0.5, 1.0, 1.0]
 
 
-def test_multipliers_before_there_is_a_bound_are_zero() -> None:
-    multipliers = lagrangian_multipliers(torch.zeros(2), torch.tensor([0.0, 1e6]), math.inf, rates=1.0)
+@pytest.mark.parametrize("bound", [math.inf, 1e308])
+def test_multipliers_before_there_is_a_bound_are_zero(bound: float) -> None:
+    multipliers = lagrangian_multipliers(torch.zeros(2), torch.tensor([0.0, 1e6]), bound, rates=1.0)
     assert multipliers.tolist() == [0.0, 0.0]
 
 

@@ -39,7 +39,8 @@ class NormPlots(Callback):
         dirpath: Directory for the pictures; by default the logger's.
 
     Raises:
-        MisconfigurationException: Before training, if no logger keeps metrics that can be read back.
+        MisconfigurationException: Before training, if no logger keeps metrics that can be read back, or `dirpath` can't
+            be made.
         ModuleNotFoundError: Before training, if matplotlib is not installed.
 
     >>> callback = NormPlots(loss="train_loss")
@@ -61,6 +62,8 @@ class NormPlots(Callback):
                 f"{[type(logger).__name__ for logger in trainer.loggers] or 'no logger'}. "
                 "Add a CSVLogger to the Trainer's loggers, or remove NormPlots."
             )
+        if self.dirpath is not None and trainer.is_global_zero:
+            _make(Path(self.dirpath))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw here: everything is logged, and loggers are not yet closed."""
@@ -76,8 +79,8 @@ class NormPlots(Callback):
             return
         logger = _readable(trainer)[0]
         logger.save()
-        directory = Path(self.dirpath or logger.log_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = Path(logger.log_dir if self.dirpath is None else self.dirpath)
+        _make(directory)
         try:
             history = plots.read_history(logger.log_dir)
         except ValueError as error:
@@ -112,6 +115,15 @@ class NormPlots(Callback):
         if "l2_penalty" in logged:
             figures["l2_penalty"] = plots.plot_penalty(history, loss=self.loss if self.loss in history else None)
         return figures
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MisconfigurationException(
+            f"NormPlots can't make the directory '{directory}' for its pictures ({error}). Give another `dirpath`."
+        ) from error
 
 
 def _is_trial(trainer: Any) -> bool:

@@ -295,7 +295,7 @@ class WeightDecay(Callback):
             if self.print_summary:
                 print_table(*table(self._summary, per_parameter=self.print_summary == "parameters"))
             if self.summary_file is not None:
-                write_csv(self.summary_file, self._summary)
+                _write(self.summary_file, self._summary)
 
     def _check_takes_decay(self, optimizer: Optimizer) -> None:
         missing = any("weight_decay" not in group for group in optimizer.param_groups)
@@ -321,6 +321,15 @@ class WeightDecay(Callback):
         if self._fit is not None:
             self._fit.release()
             self._fit = None
+
+
+def _write(path: str | Path, summary: list[GroupSummary]) -> None:
+    try:
+        write_csv(path, summary)
+    except OSError as error:
+        raise MisconfigurationException(
+            f"WeightDecay can't write its `summary_file` {str(path)!r} ({error}). Give the path of a file."
+        ) from error
 
 
 class _Fit:

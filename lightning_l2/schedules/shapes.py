@@ -136,8 +136,9 @@ class ExponentialSchedule(Schedule):
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
         check_progress(progress)
-        low, high = min(self.start, self.end), max(self.start, self.end)
-        return float(min(max(self.start ** (1.0 - progress) * self.end**progress, low), high))
+        start, end = float(self.start), float(self.end)
+        value = start ** (1.0 - progress) * end**progress
+        return float(min(max(value, min(start, end)), max(start, end)))
 
 
 @final

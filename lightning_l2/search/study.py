@@ -112,7 +112,7 @@ def _open_study(
     optuna = import_optuna()
     pruner = make_pruner(plan)
     direction = "minimize" if plan.mode == "min" else "maximize"
-    question = json.loads(json.dumps(question))
+    question = json.loads(json.dumps(question, default=float))  # numbers of numpy too
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction, pruner=pruner)
         study.set_user_attr("question", question)

@@ -130,6 +130,14 @@ def test_a_training_shorter_than_the_monitors_cadence_is_told_of_it(tmp_path) ->
         trainer.fit(model, data())
 
 
+def test_a_directory_that_cannot_be_made_is_refused_before_training(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    trainer = make_trainer([NormPlots(dirpath=tmp_path / "file")], logger=CSVLogger(tmp_path))
+    with pytest.raises(MisconfigurationException, match=r"can't make the directory .*file' .* another `dirpath`"):
+        trainer.fit(Net(), data())
+    assert trainer.global_step == 0
+
+
 def test_a_training_that_breaks_off_is_drawn(tmp_path) -> None:
     class Breaking(LoggedNet):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from tests.helpers import (
     hand_grouped,
     make_trainer,
     stream,
+    weights,
 )
 
 LR, DECAY = 0.1, 0.3
@@ -387,6 +388,15 @@ def test_the_summary_file_may_be_in_a_folder_to_be_made(tmp_path: Path) -> None:
     path = tmp_path / "run" / "1" / "decay.csv"
     make_trainer([WeightDecay(0.25, summary=False, summary_file=path)]).fit(Net(), data())
     assert path.is_file()
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_summary_file_that_cannot_be_written_is_refused_before_the_first_step(path: str) -> None:
+    model = Net()
+    before = weights(model)
+    with pytest.raises(MisconfigurationException, match=r"`summary_file` '.?' \(.*\)\. Give the path of a file"):
+        make_trainer([WeightDecay(0.25, summary=False, summary_file=path)]).fit(model, data())
+    assert_same_weights(model, before)
 
 
 def test_a_conversion_asks_for_a_learning_rate() -> None:

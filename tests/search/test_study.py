@@ -220,6 +220,13 @@ def test_a_search_can_be_extended(tmp_path: Path) -> None:
     assert [trial.state for trial in longer.trials] == ["complete"] * 8
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    plan = {"low": np.float32(0.25), "high": np.float64(0.5), "trials": np.int64(2), "seeds": np.int32(1)}
+    search(fit=valley, storage=tmp_path / "study", **plan)
+    again = search(fit=valley, storage=tmp_path / "study", low=0.25, high=0.5, trials=3, seeds=1)
+    assert [trial.state for trial in again.trials] == ["complete"] * 3
+
+
 def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
     search(fit=valley, trials=2, storage=tmp_path / "study")
     told = r"another search: high=0\.5 \(there: 0\.1\), seeds=2 \(there: 3\)\. Repeat"
