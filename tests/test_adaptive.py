@@ -518,7 +518,7 @@ def test_gradients_are_read_unscaled(schedule: FeedbackSchedule, apply: str) -> 
 
     fused, plain, unscaled = run(True, True), run(True, False), run(False, False)
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
-    assert (fused - unscaled).norm() < 0.02 * unscaled.norm()
+    assert (fused - unscaled).norm() < 0.05 * unscaled.norm()
 
 
 def test_sharded_parameters_are_measured_whole(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, strategy: str) -> list[dict[str, Any]]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # two processes, which can't share a GPU
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIGHTNING_L2_ACCELERATOR": "cpu"}
     command = [sys.executable, str(SCRIPT), str(folder), strategy]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
