@@ -1,6 +1,7 @@
 """Lightning's own callbacks beside ours: each does what it does on an optimizer that an expert grouped by hand."""
 
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,20 @@ def test_finetuning_adds_groups_late_and_the_rules_hold_for_them(position: str) 
         assert np.isnan(actual[:started]).all()
         reference = expected[started:] if name in DECAYED else np.zeros(12 - started)
         np.testing.assert_allclose(actual[started:], reference, rtol=1e-8, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_groups_that_finetuning_adds_are_logged_in_any_order(order: tuple[int, ...]) -> None:
+    """A monitor that comes first measures before the new group is split; closed form of the first step with it."""
+    mine, rows = scheduled(), Rows()
+    callbacks = [Unfreeze(), *(mine[index] for index in order)]
+    make_trainer(callbacks, max_epochs=3, logger=rows).fit(Frozen(), batches(4))
+    lambdas = 0.3 * np.arange(12) / 11
+    head = 6 * np.prod(1 - 0.1 * lambdas[:4]) ** 2
+    assert rows.seen[4, "l2_penalty/decay"] == pytest.approx(lambdas[4] / 2 * head)
+    assert rows.seen[4, "l2_penalty/total"] == pytest.approx(lambdas[4] / 2 * (head + 9))
+    for name in ("decay", "group1/decay"):
+        assert rows.seen[4, f"weight_decay/{name}"] == pytest.approx(lambdas[4]), name
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from", "ignore:Be aware that when using `ckpt_path`")
