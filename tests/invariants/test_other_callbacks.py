@@ -224,6 +224,29 @@ def test_finetuning_adds_groups_late_and_the_rules_hold_for_them(position: str) 
         np.testing.assert_allclose(actual[started:], reference, rtol=1e-8, atol=1e-12, err_msg=name)
 
 
+@POSITIONS
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_zero_grad", "on_after_backward"])
+def test_a_group_that_the_module_adds_within_a_batch_obeys_the_rules_in_that_step(hook: str, position: str) -> None:
+    class Growing(Shrinking):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.head.parameters(), lr=0.1, weight_decay=0.1)
+
+    model, watch = Growing(), FinetunedWatch()
+
+    def add(*args: Any) -> None:
+        optimizer = model.trainer.optimizers[0]
+        if model.global_step == 4 and len(optimizer.param_groups) == 2:
+            optimizer.add_param_group({"params": list(model.body.parameters())})
+
+    setattr(model, hook, add)
+    mine = scheduled() if position == "before" else scheduled()[::-1]
+    make_trainer([watch, *mine], max_epochs=2).fit(model, batches(4))
+    expected = 0.3 * np.arange(8) / 7
+    for name in DECAYED | EXEMPT:
+        actual = [step[name] for step in watch.steps][4:]
+        np.testing.assert_allclose(actual, expected[4:] * (name in DECAYED), rtol=1e-8, atol=1e-12, err_msg=name)
+
+
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_groups_that_finetuning_adds_are_logged_in_any_order(order: tuple[int, ...]) -> None:
     """A monitor that comes first measures before the new group is split; closed form of the first step with it."""
