@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lightning_l2.arguments import check_types
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lightning_l2.parameters import ParameterInfo
 
 
@@ -150,14 +150,20 @@ class DecayRule:
 def is_of_class(module: nn.Module, wanted: str | type) -> bool:
     """Return whether a module is of a class or derives from it.
 
+    A `SyncBatchNorm` counts as every kind of batch normalisation, since `Trainer(sync_batchnorm=True)` puts it in their
+    place.
+
     Args:
         module: any module.
         wanted: a class, its name (`Embedding`), or its name after a package it lives in (`torch.nn.Embedding`).
     """
+    classes = type(module).__mro__
+    if isinstance(module, nn.SyncBatchNorm):
+        classes += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if isinstance(wanted, type):
-        return isinstance(module, wanted)
+        return isinstance(module, wanted) or wanted in classes
     package, dot, name = wanted.rpartition(".")
-    return any(cls.__name__ == name and f"{cls.__module__}.".startswith(package + dot) for cls in type(module).__mro__)
+    return any(cls.__name__ == name and f"{cls.__module__}.".startswith(package + dot) for cls in classes)
 
 
 def check_weight_decay(value: Any, what: str) -> None:

@@ -9,7 +9,7 @@ from lightning_l2.histograms import Histogram, histogram
 from lightning_l2.norm_report import NormReport
 from lightning_l2.reading import Reading
 from lightning_l2.sharding import show_shards
-from lightning_l2.watching import Watched, signature, watch
+from lightning_l2.watching import Watched, regroup, signature, watch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +56,7 @@ class NormTracker:
         self._watched: Watched | None = None
         self._parameters: list[nn.Parameter] = []
         self._signature: tuple[object, ...] = ()
+        self._groups: tuple[object, ...] = ()
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -80,6 +81,7 @@ class NormTracker:
         if not watched.parameters:
             return
         options = self._options
+        self._groups = signature((), optimizers)
         self._reading = Reading(watched, optimizers, step, rotation=options.rotation)
         self._reading.read_weights(keep=options.keeps_weights)
         if order is not None and options.spectra and order % options.spectra == 0:
@@ -88,7 +90,7 @@ class NormTracker:
             self._reading.read_histograms()
         for number, optimizer in enumerate(optimizers):
             if hasattr(optimizer, "register_step_post_hook"):
-                hook = partial(self._on_stepped, number)
+                hook = partial(self._on_stepped, number, optimizers)
                 self._handles.append(optimizer.register_step_post_hook(hook))
 
     def before_clipping(self, number: int, optimizer: Optimizer) -> None:
@@ -131,13 +133,23 @@ class NormTracker:
         while self._handles:
             self._handles.pop().remove()
 
-    def _on_stepped(self, number: int, optimizer: Optimizer, *_: object) -> None:
+    def _on_stepped(self, number: int, optimizers: Sequence[Optimizer], optimizer: Optimizer, *_: object) -> None:
         """Take down what the step went by, which may have changed since its first batch, and its gradients."""
         if self._reading is not None:
-            self._reading.read_groups(number, optimizer)
+            self._read_groups(self._reading, number, optimizers)
             gradients = self._options.gradients
             if gradients == "after_clipping" or (gradients and not self._reading.has_gradients(number)):
                 self._reading.read_gradients(number, optimizer)
+
+    def _read_groups(self, reading: Reading, number: int, optimizers: Sequence[Optimizer]) -> None:
+        """Take down an optimizer's groups, or those of all where some were added or split since the step began."""
+        groups = signature((), optimizers)
+        if groups == self._groups:
+            reading.read_groups(number, optimizers[number])
+            return
+        options, self._groups = self._options, groups
+        watched = regroup(reading.watched, optimizers, per=options.per, depth=options.depth, include=options.include)
+        reading.regroup(watched, optimizers)
 
     def _watch(self, model: nn.Module, optimizers: Sequence[Optimizer], root: nn.Module | None) -> Watched:
         """Return what to watch, looked up again only if parameters or groups have changed: it takes a millisecond."""

@@ -66,20 +66,24 @@ class Reading:
     """
 
     def __init__(self, watched: Watched, optimizers: Sequence[Optimizer], step: int, *, rotation: bool = False) -> None:
-        self.watched = watched
         self.step = step
         self._rotation = rotation
         self._groups: dict[int, list[GroupValues]] = {}
         self._sums: dict[tuple[str, int], tuple[Sequence[int], Tensor]] = {}
         self._others: dict[tuple[str, int], Tensor] = {}
         self._before: list[Tensor] | None = None
-        for number, optimizer in enumerate(optimizers):
-            self.read_groups(number, optimizer)
+        self.regroup(watched, optimizers)
 
     @property
     def groups(self) -> list[GroupValues]:
         """What the step of each parameter group goes by, in the order of the watched groups."""
         return [values for number in sorted(self._groups) for values in self._groups[number]]
+
+    def regroup(self, watched: Watched, optimizers: Sequence[Optimizer]) -> None:
+        """Take down the groups of all optimizers; `watched` has the same parameters as before."""
+        self.watched = watched
+        for number, optimizer in enumerate(optimizers):
+            self.read_groups(number, optimizer)
 
     def read_groups(self, number: int, optimizer: Optimizer) -> None:
         """Take down lambda and what else is in force in the groups of the optimizer of that number."""

@@ -30,7 +30,8 @@ class Regrouping:
         optimizers: Its optimizers.
         schedulers: Gives the learning-rate schedulers of all of them.
         rules: As of `assign_rules`.
-        weight_decay_of: Gives the base lambda of a parameter from its name, its rule and its group.
+        weight_decay_of: Gives the base lambda of a parameter from its name, as in `weight_decay`, its rule and its
+            group.
         declared: For lists of learning-rate schedulers of other libraries, whether they hold one value a group.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
 
@@ -56,6 +57,8 @@ class Regrouping:
         self._decide = partial(rules_by_parameter, model, rules, root)
         # by the `id` of a parameter, its name and its rule
         self._rules: dict[int, tuple[str, DecayRule]] = {}
+        # by the `id` of a parameter, the number of the first optimizer that has it
+        self._first: dict[int, int] = {}
         self._weight_decay_of = weight_decay_of
         self.splits = [GroupSplit(optimizer, schedulers, declared) for optimizer in optimizers]
         self._local = {
@@ -79,7 +82,7 @@ class Regrouping:
         self._rules |= {id(parameter): (name, rule) for name, parameter, rule in self._decide()}
         for index, split in enumerate(self.splits):
             self._check_owner(split)
-            keys = split.split_new(self._key)
+            keys = split.split_new(partial(self._key, index))
             if index in self._local:
                 self._local[index].split_new(_key_within(split.groups, keys), keys)
         name_groups(self.splits)
@@ -100,10 +103,13 @@ class Regrouping:
             split.restore()
 
     def weight_decay(self) -> dict[str, float]:
-        """Return the base lambda of each parameter that a rule decided, by name."""
+        """Return the base lambda of each parameter that a rule decided, by name.
+
+        One that several optimizers have is there again for each later one, as `optimizer1/<name>`.
+        """
         return {
-            self._rules[id(parameter)][0]: base_weight_decay(group)
-            for split in self.splits
+            self._label(index, parameter): base_weight_decay(group)
+            for index, split in enumerate(self.splits)
             for group in split.groups
             for parameter in group["params"]
             if id(parameter) in self._rules
@@ -117,11 +123,17 @@ class Regrouping:
     def _name(self, parameter: Tensor) -> str:
         return self._rules[id(parameter)][0] if id(parameter) in self._rules else UNASSIGNED
 
-    def _key(self, parameter: Tensor, group: Mapping[str, Any]) -> GroupKey:
+    def _label(self, optimizer: int, parameter: Tensor) -> str:
+        name, _ = self._rules[id(parameter)]
+        is_first = self._first.setdefault(id(parameter), optimizer) == optimizer
+        return name if is_first else f"optimizer{optimizer}/{name}"
+
+    def _key(self, optimizer: int, parameter: Tensor, group: Mapping[str, Any]) -> GroupKey:
         if id(parameter) not in self._rules:
             return GroupKey(UNASSIGNED, base_weight_decay(group))
         name, rule = self._rules[id(parameter)]
-        return GroupKey(rule.name, self._weight_decay_of(name, rule, group), rule.group_of(name))
+        weight_decay = self._weight_decay_of(self._label(optimizer, parameter), rule, group)
+        return GroupKey(rule.name, weight_decay, rule.group_of(name))
 
     def _check_owner(self, split: GroupSplit) -> None:
         parameters = [parameter for group in split.new_groups for parameter in group["params"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from torch.nn.parameter import is_lazy
@@ -101,25 +101,59 @@ def watch(
         for index, parameter in enumerate(parameters):
             names.setdefault(id(parameter), (f"{group_name}.{index}", parameter))
     watched = [(name, p) for name, p in names.values() if p.requires_grad and not is_lazy(p)]
-    places = {id(parameter): index for index, (_, parameter) in enumerate(watched)}
-    members = [tuple(places[id(p)] for p in parameters if id(p) in places) for parameters in groups]
-    owners = {index: number for number in reversed(range(len(groups))) for index in members[number]}
-    layers = [
-        _layer(name, group_names[owners[index]] if index in owners else None, per, depth)
-        for index, (name, _) in enumerate(watched)
-    ]
     normalised = _before_norm(model, root)
     shards = flat_shards(root if root is not None else model)
-    return Watched(
-        parameters=tuple(parameter for _, parameter in watched),
-        names=tuple(name for name, _ in watched),
+    return regroup(
+        Watched(
+            parameters=tuple(parameter for _, parameter in watched),
+            names=tuple(name for name, _ in watched),
+            layers=(),
+            group_names=(),
+            members=(),
+            owners=(),
+            normalised=tuple(id(parameter) in normalised for _, parameter in watched),
+            shards=tuple(shards.get(id(parameter)) for _, parameter in watched),
+            sharded=any(id(parameter) in shards or process_groups(parameter) for _, parameter in watched),
+        ),
+        optimizers,
+        per=per,
+        depth=depth,
+        include=include,
+    )
+
+
+def regroup(
+    watched: Watched,
+    optimizers: Sequence[Optimizer],
+    *,
+    per: Per = "module",
+    depth: int | None = None,
+    include: str | None = None,
+) -> Watched:
+    """Return the same parameters in the groups that the optimizers have now; the arguments are those of `watch`.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> watched = watch(layer, [])
+    >>> regroup(watched, [torch.optim.SGD([{"params": [layer.weight], "name": "decay"}])], per="group").layers
+    ('decay', None)
+    """
+    names = unique_group_names(optimizers)
+    places = {id(parameter): index for index, parameter in enumerate(watched.parameters)}
+    groups = [parameters for optimizer in optimizers for parameters in group_members(optimizer)]
+    members = [tuple(places[id(p)] for p in parameters if id(p) in places) for parameters in groups]
+    owner_of = {index: number for number in reversed(range(len(groups))) for index in members[number]}
+    owners = [owner_of.get(index) for index in range(len(watched.parameters))]
+    layers = [
+        _layer(name, None if owner is None else names[owner], per, depth)
+        for name, owner in zip(watched.names, owners, strict=True)
+    ]
+    return replace(
+        watched,
         layers=tuple(layer if layer and (include is None or re.search(include, layer)) else None for layer in layers),
-        group_names=tuple(group_names),
+        group_names=tuple(names),
         members=tuple(members),
-        owners=tuple(owners.get(index) for index in range(len(watched))),
-        normalised=tuple(id(parameter) in normalised for _, parameter in watched),
-        shards=tuple(shards.get(id(parameter)) for _, parameter in watched),
-        sharded=any(id(parameter) in shards or process_groups(parameter) for _, parameter in watched),
+        owners=tuple(owners),
     )
 
 

@@ -136,10 +136,23 @@ def test_a_single_module_needs_no_tuple():
         (type("Mine", (nn.Embedding,), {})(2, 2), nn.Embedding, True),
         (nn.Embedding(2, 2), nn.Linear, False),
         (nn.Conv2d(1, 1, 1), "_ConvNd", True),
+        (nn.SyncBatchNorm(2), "BatchNorm2d", True),
+        (nn.SyncBatchNorm(2), nn.BatchNorm1d, True),
+        (nn.SyncBatchNorm(2), "InstanceNorm2d", False),
+        (nn.BatchNorm2d(2), "SyncBatchNorm", False),
     ],
 )
 def test_is_of_class(module, wanted, expected):
     assert is_of_class(module, wanted) is expected
+
+
+def test_synchronised_batch_norms_are_what_they_were():
+    """`Trainer(sync_batchnorm=True)` converts them after the module is made."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    rules = [DecayRule("norm", modules=(nn.BatchNorm2d, "BatchNorm1d"), weight_decay=0.01), "default"]
+    before = assign_rules(model, rules)
+    assert assign_rules(nn.SyncBatchNorm.convert_sync_batchnorm(model), rules) == before
+    assert [rule.name for rule in before.values()].count("norm") == 4
 
 
 def test_all_given_conditions_must_hold():

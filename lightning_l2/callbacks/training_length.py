@@ -28,10 +28,13 @@ def steps_per_epoch(trainer: pl.Trainer, epoch: int) -> int | None:
 
 def accumulation(trainer: Any, epoch: int) -> int:
     """Return over how many batches gradients accumulate in an epoch."""
-    for callback in trainer.callbacks:
-        if hasattr(callback, "get_accumulate_grad_batches"):
-            return int(callback.get_accumulate_grad_batches(epoch))
+    for callback in _accumulation_schedulers(trainer):
+        return int(callback.get_accumulate_grad_batches(epoch))
     return int(trainer.accumulate_grad_batches)
+
+
+def _accumulation_schedulers(trainer: Any) -> list[Any]:
+    return [callback for callback in trainer.callbacks if hasattr(callback, "get_accumulate_grad_batches")]
 
 
 def total_steps(trainer: Any) -> int:
@@ -51,9 +54,9 @@ def total_steps(trainer: Any) -> int:
         limits.append(trainer.max_steps)
     epochs = _max_epochs(trainer)
     if epochs is not None:
-        steps = [steps_per_epoch(trainer, epoch) for epoch in range(epochs)]
-        if all(step is not None for step in steps):
-            limits.append(sum(step or 0 for step in steps))
+        steps = _steps_of_epochs(trainer, epochs, enough=min(limits, default=math.inf))
+        if steps is not None:
+            limits.append(steps)
     if not limits:
         raise MisconfigurationException(
             f"The length of the training is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
@@ -61,6 +64,19 @@ def total_steps(trainer: Any) -> int:
             "`max_epochs` on the Trainer and use data with a length."
         )
     return min(limits)
+
+
+def _steps_of_epochs(trainer: Any, epochs: int, enough: float) -> int | None:
+    """Return how many steps so many epochs have, or any number from `enough` on; None where the data has no length."""
+    steps = steps_per_epoch(trainer, epoch=0)
+    if not steps or not _accumulation_schedulers(trainer):
+        return steps and steps * epochs
+    total = 0
+    for epoch in range(epochs):
+        if total >= enough:
+            break
+        total += steps_per_epoch(trainer, epoch) or 0
+    return total
 
 
 def total_epochs(trainer: Any) -> int:

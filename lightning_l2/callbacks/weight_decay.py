@@ -175,10 +175,12 @@ class WeightDecay(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Couple before clipping; split what is still to split where a module calls `backward` itself."""
+        """Couple before clipping; split what a batch added, and lazy groups where a module calls `backward` itself."""
         if self._fit.groups is None:
             self._decide_late(trainer, pl_module)
         self._fit.show()
+        if self._fit.groups.has_new:
+            self._split(trainer)
         # a fused optimizer unscales gradients in its own step, and adds lambda w there
         if self.before_clipping and not unscales_in_step(trainer, bare_optimizer(optimizer)):
             self._fit.handles[id(bare_optimizer(optimizer))].couple()

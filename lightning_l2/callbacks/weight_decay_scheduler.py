@@ -119,7 +119,7 @@ class WeightDecayScheduler(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Set lambda of schedules that read gradients, which are complete and unscaled only now, and of new groups."""
-        if self._fit.waits_for_groups:
+        if self._fit.waits_for_groups or _has_new(bare_optimizer(optimizer)):
             self._apply(trainer, self._index(trainer))
             self._fit.waits_for_groups = False
         if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "gradients":
@@ -257,6 +257,12 @@ class WeightDecayScheduler(Callback):
         for group, multiplier in zip(optimizer.param_groups, [*multipliers, *late], strict=False):
             if "weight_decay" in group:
                 multiply_weight_decay(group, multiplier)
+
+
+def _has_new(optimizer: Optimizer) -> bool:
+    """Return whether groups were added since the last multiplier was written; they come at the end."""
+    last = optimizer.param_groups[-1]
+    return "weight_decay" in last and "weight_decay_multiplier" not in last
 
 
 def _probe(schedule: Schedule, length: int) -> None:

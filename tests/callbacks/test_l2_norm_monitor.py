@@ -918,3 +918,34 @@ def test_no_equilibrium_is_logged_where_none_is_known(make: Any) -> None:
     keys = set().union(*rows.rows.values())
     assert "angular_update/total" in keys
     assert not {key for key in keys if key.startswith("angular_equilibrium")}
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("per", ["module", "group"])
+def test_groups_that_lazy_layers_get_within_a_step(per: str, position: str) -> None:
+    """They are split after the weights were measured, and hold the lambda of that step."""
+
+    class PartlyLazy(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 3), nn.LazyLinear(2)
+            nn.init.constant_(self.body.weight, 1.0)
+            nn.init.constant_(self.body.bias, 2.0)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.head(self.body(batch[0])).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    mine = [WeightDecay(0.3, summary=False), L2NormMonitor(every_n_steps=1, per=per, updates=True, rotation=True)]
+    logger = Rows()
+    trainer = make_trainer(mine if position == "after" else mine[::-1], max_steps=2, logger=logger)
+    trainer.fit(PartlyLazy(), data())
+    first = logger.rows[0]
+    expected = {"body": math.sqrt(24)} if per == "module" else {"decay": math.sqrt(12), "no_decay": math.sqrt(12)}
+    for layer, norm in expected.items():
+        assert first[f"l2_norm/{layer}"] == pytest.approx(norm)
+    assert first["weight_decay/decay"] == 0.3
+    assert first["weight_decay/no_decay"] == 0.0
+    assert first["l2_penalty/total"] == pytest.approx(0.15 * 12)

@@ -17,7 +17,17 @@ from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import DECAYED, Net, Shrinking, ValidatedNet, assert_same_weights, batches, make_trainer, weights
+from tests.helpers import (
+    DECAYED,
+    DecayWatch,
+    Net,
+    Shrinking,
+    ValidatedNet,
+    assert_same_weights,
+    batches,
+    make_trainer,
+    weights,
+)
 
 # What Lightning says when a checkpoint's callbacks aren't all there again.
 pytestmark = [
@@ -279,6 +289,36 @@ def test_the_schedule_multiplies_the_winning_lambda(policy: str, base: float, tm
         model = shrink(both(0.25), 2, path)
     expected = base * (0.5 + 1.5 * np.arange(4, 8) / 7)
     np.testing.assert_allclose(model.watches[0].of("head.weight"), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["config", "checkpoint", "error"])
+def test_a_parameter_of_two_optimizers_keeps_the_lambda_of_each(policy: str, tmp_path: Path) -> None:
+    class Shared(Shrinking):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.loss())
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            optimizers = [
+                torch.optim.SGD(params, lr=0.1, weight_decay=weight_decay)
+                for params, weight_decay in ((self.parameters(), 0.1), (self.head.parameters(), 0.4))
+            ]
+            self.watches = [DecayWatch(self, optimizer) for optimizer in optimizers]
+            return optimizers
+
+    path = tmp_path / "old.ckpt"
+    for epochs, ckpt_path in ((1, None), (2, path)):
+        model, trainer = Shared(), make_trainer([WeightDecay(on_resume=policy, summary=False)], max_epochs=epochs)
+        trainer.fit(model, batches(4), ckpt_path=ckpt_path)
+        for watch, expected in zip(model.watches, (0.1, 0.4), strict=True):
+            np.testing.assert_allclose(watch.of("head.weight"), [expected] * 4, rtol=1e-9)
+        trainer.save_checkpoint(path)
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("config", 0.4), ("checkpoint", 0.1)])

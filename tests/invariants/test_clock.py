@@ -4,6 +4,7 @@ The base is 0.1 and the schedule returns progress itself, so ten times the measu
 first step of a training of T steps sees 0, the last 1.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ def test_accumulation_that_changes_during_training() -> None:
     check(progress_of(make_trainer([*callbacks(), changing], max_epochs=3)), evenly(10 + 5 + 3))
     changing = GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
     check(progress_of(make_trainer([changing, *callbacks(total_steps=18)], max_epochs=3)), evenly(18))
+    changing = GradientAccumulationScheduler({0: 1, 1: 2})
+    check(progress_of(make_trainer([changing, *callbacks()], max_epochs=sys.maxsize, max_steps=13)), evenly(13))
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,7 @@ def test_accumulation_that_changes_during_training() -> None:
         ({"max_steps": 7, "max_epochs": -1}, 7),
         ({"max_steps": 13, "max_epochs": 5}, 13),
         ({"max_steps": 50, "max_epochs": 2}, 20),
+        ({"max_steps": 7, "max_epochs": sys.maxsize}, 7),
         ({"max_steps": 5, "max_epochs": 5, "accumulate_grad_batches": 4}, 5),
         ({"max_epochs": 3, "limit_train_batches": 4}, 12),
         ({"max_epochs": 2, "limit_train_batches": 0.5}, 10),

@@ -1,6 +1,7 @@
 """Lightning's own callbacks beside ours: each does what it does on an optimizer that an expert grouped by hand."""
 
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,43 @@ def test_finetuning_adds_groups_late_and_the_rules_hold_for_them(position: str) 
         assert np.isnan(actual[:started]).all()
         reference = expected[started:] if name in DECAYED else np.zeros(12 - started)
         np.testing.assert_allclose(actual[started:], reference, rtol=1e-8, atol=1e-12, err_msg=name)
+
+
+@POSITIONS
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_zero_grad", "on_after_backward"])
+def test_a_group_that_the_module_adds_within_a_batch_obeys_the_rules_in_that_step(hook: str, position: str) -> None:
+    class Growing(Shrinking):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.head.parameters(), lr=0.1, weight_decay=0.1)
+
+    model, watch = Growing(), FinetunedWatch()
+
+    def add(*args: Any) -> None:
+        optimizer = model.trainer.optimizers[0]
+        if model.global_step == 4 and len(optimizer.param_groups) == 2:
+            optimizer.add_param_group({"params": list(model.body.parameters())})
+
+    setattr(model, hook, add)
+    mine = scheduled() if position == "before" else scheduled()[::-1]
+    make_trainer([watch, *mine], max_epochs=2).fit(model, batches(4))
+    expected = 0.3 * np.arange(8) / 7
+    for name in DECAYED | EXEMPT:
+        actual = [step[name] for step in watch.steps][4:]
+        np.testing.assert_allclose(actual, expected[4:] * (name in DECAYED), rtol=1e-8, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+def test_groups_that_finetuning_adds_are_logged_in_any_order(order: tuple[int, ...]) -> None:
+    """A monitor that comes first measures before the new group is split; closed form of the first step with it."""
+    mine, rows = scheduled(), Rows()
+    callbacks = [Unfreeze(), *(mine[index] for index in order)]
+    make_trainer(callbacks, max_epochs=3, logger=rows).fit(Frozen(), batches(4))
+    lambdas = 0.3 * np.arange(12) / 11
+    head = 6 * np.prod(1 - 0.1 * lambdas[:4]) ** 2
+    assert rows.seen[4, "l2_penalty/decay"] == pytest.approx(lambdas[4] / 2 * head)
+    assert rows.seen[4, "l2_penalty/total"] == pytest.approx(lambdas[4] / 2 * (head + 9))
+    for name in ("decay", "group1/decay"):
+        assert rows.seen[4, f"weight_decay/{name}"] == pytest.approx(lambdas[4]), name
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from", "ignore:Be aware that when using `ckpt_path`")
