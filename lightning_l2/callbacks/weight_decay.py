@@ -152,20 +152,12 @@ class WeightDecay(Callback):
             self._begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Split the groups again where a tuner restored the optimizer in the middle of a fit."""
-        if self._fit is None:
-            self._begin(trainer, pl_module)
+        """Follow what was done to the groups before anyone reads them, as LearningRateMonitor does."""
+        self._follow(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Split groups that were added late, and let siblings share what was written to one, as finetuning does."""
-        if self._fit is None:
-            self._begin(trainer, pl_module)
-        if self._fit.groups is None:
-            return
-        self._fit.show()
-        self._fit.groups.align()
-        if self._fit.groups.has_new:
-            self._split(trainer)
+        """Follow what callbacks that come later did to the groups when the epoch started."""
+        self._follow(trainer, pl_module)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Split groups of lazy parameters, which have a shape after the first forward pass."""
@@ -221,6 +213,20 @@ class WeightDecay(Callback):
         for optimizer in bare_optimizers(trainer) if self.apply != "optimizer" else ():
             handle = attach_decay(optimizer, self.apply, before_clipping=self.before_clipping, peak_lr=self.peak_lr)
             self._fit.handles[id(optimizer)] = handle
+
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Split groups that were added late, and let siblings share what was written to one, as finetuning does.
+
+        Split all of them again where a tuner restored the optimizer in the middle of a fit.
+        """
+        if self._fit is None:
+            self._begin(trainer, pl_module)
+        if self._fit.groups is None:
+            return
+        self._fit.show()
+        self._fit.groups.align()
+        if self._fit.groups.has_new:
+            self._split(trainer)
 
     def _decide(
         self,
