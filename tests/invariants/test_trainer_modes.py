@@ -150,6 +150,29 @@ def test_the_other_packages_trainer() -> None:
     assert "l2_norm/total" in trainer.callback_metrics
 
 
+def test_the_other_packages_trainer_resumes(tmp_path: Any) -> None:
+    def fit(epochs: int, ckpt_path: Any = None) -> Any:
+        model = TheirNet()
+        decay, ramp = WeightDecay(0.3, summary=False), LinearSchedule(start=0.0, end=1.0)
+        trainer = pytorch_lightning.Trainer(
+            accelerator=ACCELERATOR,
+            callbacks=[decay, WeightDecayScheduler(ramp, total_steps=10), NormConstraint(100.0)],
+            logger=False,
+            max_epochs=epochs,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(model, batches(5), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return model.inner.watches[0]
+
+    np.testing.assert_allclose(fit(1).of("head.weight"), 0.3 * np.arange(5) / 9, atol=1e-9)
+    resumed = fit(2, tmp_path / "last.ckpt")
+    np.testing.assert_allclose(resumed.of("head.weight"), 0.3 * np.arange(5, 10) / 9, atol=1e-9)
+    assert set(resumed.of("head.bias")) == {0.0}
+
+
 def test_the_same_callbacks_in_trainers_of_both_packages() -> None:
     callbacks = ours()[:3]
     for trainer_class, model in ((pl.Trainer, Shrinking()), (pytorch_lightning.Trainer, TheirNet())):
