@@ -1,6 +1,7 @@
 """Several setups at once, each beside an expert who groups by hand and writes lambda himself; whole and resumed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,62 @@ def test_beside_an_expert(setup: str, batch: int, position: str, tmp_path: Path)
         assert_same_weights(actual, fit([*others(), Expert(steps)], hand_grouped(0.3), "expert.ckpt", resume))
     group = torch.load(tmp_path / "ours.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
     assert [entry["weight_decay"] for entry in group] == [0.1]
+
+
+class Cast(ValidatedNet):
+    """The same on batches of the weights' dtype."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([tensor.to(self.dtype) for tensor in batch], batch_idx)
+
+
+PRECISIONS = {"bf16-mixed": 1e-6, "bf16-true": 1e-2, "64-true": 1e-12}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("make", "mine", "reference"),
+    [
+        (
+            partial(torch.optim.Adam, lr=0.01),
+            lambda: [WeightDecay(3.0, apply="decoupled", summary=False)],
+            partial(torch.optim.AdamW, lr=0.01),
+        ),
+        (
+            partial(torch.optim.AdamW, lr=0.01),
+            lambda: [WeightDecay(3.0, apply="coupled", summary=False)],
+            partial(torch.optim.Adam, lr=0.01),
+        ),
+        (partial(torch.optim.SGD, lr=0.05), lambda: [L2Penalty(3.0)], partial(torch.optim.SGD, lr=0.05)),
+    ],
+    ids=["decoupled", "coupled", "penalty"],
+)
+def test_ways_in_other_precisions(make: Any, mine: Any, reference: Any, precision: Any) -> None:
+    """Each as the torch optimizer that does it by itself; the constraint holds meanwhile and doesn't bind here."""
+
+    def fit(callbacks: list[pl.Callback], optimizer: Any, grouped: Any = None) -> nn.Module:
+        torch.manual_seed(0)
+        model = Cast(optimizer, grouped=grouped)
+        make_trainer(callbacks, max_epochs=3, precision=precision).fit(model, batches(6))
+        return model
+
+    actual = fit([*mine(), NormConstraint(100.0)], make)
+    expected = fit([], reference, hand_grouped(3.0))
+    plain = fit([], reference, hand_grouped(0.0))
+    tolerance = PRECISIONS[precision]
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(actual.state_dict()[name], weight, rtol=tolerance, atol=tolerance, msg=name)
+    assert (plain.head.weight - expected.head.weight).abs().max() > 5 * tolerance
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("per", ["parameter", "row"])
+def test_bounds_in_other_precisions(per: Any, precision: Any) -> None:
+    model = Cast(partial(torch.optim.SGD, lr=0.05))
+    make_trainer([NormConstraint(0.5, per=per)], max_epochs=2, precision=precision).fit(model, batches(6))
+    for weight in (model.body[0].weight, model.head.weight):
+        norms = weight.detach().double().norm(dim=1 if per == "row" else None)
+        assert norms.max() == pytest.approx(0.5, rel=max(PRECISIONS[precision], 2e-6))
 
 
 class Adversaries(pl.LightningModule):
