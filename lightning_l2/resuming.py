@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.optim import Optimizer
+
+    from lightning_l2.summary import GroupSummary
 
 OnResume: TypeAlias = Literal["config", "checkpoint", "error"]
 
@@ -68,6 +71,41 @@ class Resuming:
             f"The weight decay of {len(differing)} parameters differs between configuration and checkpoint, for "
             f"example of {name!r}: {configured:g} is configured, {restored:g} in the checkpoint"
         )
+
+
+def rewrite(
+    groups: Iterable[dict[str, Any]], summary: Iterable[GroupSummary], weight_decay: Mapping[str, float]
+) -> list[GroupSummary]:
+    """Write base lambdas into groups that can't be split any more; what a schedule made of them stays.
+
+    Args:
+        groups: Parameter groups with their names.
+        summary: What is known of them.
+        weight_decay: The base lambdas by parameter name.
+
+    Returns:
+        The summary of what holds now.
+
+    Raises:
+        ValueError: If parameters of one group have different ones.
+    """
+    rows = [replace(row, weight_decay=_common(row, weight_decay)) for row in summary]
+    by_name = {row.group: row.weight_decay for row in rows}
+    for group in groups:
+        if group.get("name") in by_name:
+            group["initial_weight_decay"] = by_name[group["name"]]
+            group["weight_decay"] = by_name[group["name"]] * group.get("weight_decay_multiplier", 1.0)
+    return rows
+
+
+def _common(row: GroupSummary, weight_decay: Mapping[str, float]) -> float:
+    values = {name: weight_decay.get(name, row.weight_decay) for name in row.names}
+    if len(set(values.values())) > 1:
+        raise ValueError(
+            f"The checkpoint has several weight decays for parameters of the group {row.group!r}, {values}, and "
+            "DeepSpeed has made the group one piece. Set on_resume='config', or use the rules of the checkpoint."
+        )
+    return next(iter(values.values()), row.weight_decay)
 
 
 def _set_base(group: dict[str, Any], value: float | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +23,13 @@ from lightning_l2.callbacks.trainer_access import (
 from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
 from lightning_l2.decay import Apply, attach_decay, check_groups, check_options
+from lightning_l2.decay_in_force import DecayInForce
 from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.parameters import is_undecided
 from lightning_l2.regrouping import Regrouping
-from lightning_l2.resuming import OnResume, Resuming
+from lightning_l2.resuming import OnResume, Resuming, rewrite
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
-from lightning_l2.step_hooks import DecayHandle
 from lightning_l2.summary import GroupSummary, print_table, table, write_csv
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ class WeightDecay(Callback):
             self._split(trainer)
         # a fused optimizer unscales gradients in its own step, and adds lambda w there
         if self.before_clipping and not unscales_in_step(trainer, bare_optimizer(optimizer)):
-            self._fit.handles[id(bare_optimizer(optimizer))].couple()
+            self._fit.couple(bare_optimizer(optimizer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the optimizers as the user made them."""
@@ -206,13 +205,13 @@ class WeightDecay(Callback):
             self._fit.show()
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module))
+        self._fit = DecayInForce(lambda: remember_groups_in_finetuning(trainer, pl_module))
         if not is_undecided(pl_module):
             self._decide(trainer, pl_module, bare_optimizers(trainer), lambda: lr_schedulers(trainer))
         # In any case now: what is attached within a step acts from the next one on.
         for optimizer in bare_optimizers(trainer) if self.apply != "optimizer" else ():
             handle = attach_decay(optimizer, self.apply, before_clipping=self.before_clipping, peak_lr=self.peak_lr)
-            self._fit.handles[id(optimizer)] = handle
+            self._fit.attach(optimizer, handle)
 
     def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Split groups that were added late, and let siblings share what was written to one, as finetuning does.
@@ -263,7 +262,7 @@ class WeightDecay(Callback):
                 f"WeightDecay(apply={self.apply!r}) can't reach the step of an optimizer that DeepSpeed takes over. "
                 "Use apply='optimizer' with an optimizer that decays in the way you want."
             )
-        self._fit = _Fit(lambda: remember_groups_in_finetuning(trainer, pl_module), is_given_back=False)
+        self._fit = DecayInForce(lambda: remember_groups_in_finetuning(trainer, pl_module), is_given_back=False)
         self._decide(trainer, pl_module, optimizers, lambda: schedulers)
 
     def _check_early(self) -> None:
@@ -277,23 +276,8 @@ class WeightDecay(Callback):
         """Write lambda again: a strategy that took the optimizer over restores it with the checkpoint's values."""
         self._weight_decay = {name: self._resuming.choose(name, value) for name, value in self._weight_decay.items()}
         self._tell_differences()
-        self._summary = [replace(row, weight_decay=self._of_group(row)) for row in self.summary()]
-        weight_decay = {row.group: row.weight_decay for row in self._summary}
-        for optimizer in bare_optimizers(trainer):
-            for group in optimizer.param_groups:
-                if group.get("name") in weight_decay:
-                    group["initial_weight_decay"] = weight_decay[group["name"]]
-                    group["weight_decay"] = weight_decay[group["name"]] * group.get("weight_decay_multiplier", 1.0)
-
-    def _of_group(self, row: GroupSummary) -> float:
-        """Return the base lambda that all parameters of a group have, which can't be split any more."""
-        values = {name: self._weight_decay.get(name, row.weight_decay) for name in row.names}
-        if len(set(values.values())) > 1:
-            raise MisconfigurationException(
-                f"The checkpoint has several weight decays for parameters of the group {row.group!r}, {values}, and "
-                "DeepSpeed has made the group one piece. Set on_resume='config', or use the rules of the checkpoint."
-            )
-        return next(iter(values.values()), row.weight_decay)
+        groups = [group for optimizer in bare_optimizers(trainer) for group in optimizer.param_groups]
+        self._summary = rewrite(groups, self.summary(), self._weight_decay)
 
     def _split(self, trainer: pl.Trainer) -> None:
         self._fit.groups.split_new()
@@ -338,38 +322,3 @@ def _write(path: str | Path, summary: list[GroupSummary]) -> None:
         raise MisconfigurationException(
             f"WeightDecay can't write its `summary_file` {str(path)!r} ({error}). Give the path of a file."
         ) from error
-
-
-class _Fit:
-    """What is known of the running fit: the groups once they are decided, and how decay is attached to optimizers."""
-
-    def __init__(self, remember_groups: Callable[[], None], *, is_given_back: bool = True) -> None:
-        self.groups: Regrouping | None = None
-        self.handles: dict[int, DecayHandle] = {}
-        self.is_given_back = is_given_back
-        self._remember_groups = remember_groups
-
-    def hide(self) -> None:
-        """Present the optimizers in the user's layout."""
-        self._pause(True)
-        if self.groups is not None and self.is_given_back:
-            self.groups.merge()
-            self._remember_groups()
-
-    def show(self) -> None:
-        """Undo `hide`."""
-        if self.groups is not None:
-            self.groups.restore()
-        self._pause(False)
-
-    def _pause(self, is_paused: bool) -> None:
-        for handle in self.handles.values():
-            handle.is_paused = is_paused
-
-    def release(self) -> None:
-        """Leave the optimizers as the user made them."""
-        self.show()
-        for handle in self.handles.values():
-            handle.remove()
-        if self.groups is not None and self.is_given_back:
-            self.groups.merge()
