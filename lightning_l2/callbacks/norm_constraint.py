@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.arguments import check_types
 from lightning_l2.bounds import Bound, FixedBound
+from lightning_l2.callbacks.constraints_in_force import ConstraintsInForce, names_of_constrained
 from lightning_l2.callbacks.trainer_access import (
     Callback,
     bare_optimizers,
@@ -21,14 +22,12 @@ from lightning_l2.callbacks.trainer_access import (
 )
 from lightning_l2.constraint_hooks import AttachedConstraint
 from lightning_l2.parameters import is_undecided
-from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter
+from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
 from lightning_l2.sharding import flat_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import lightning.pytorch as pl
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
 
@@ -158,13 +157,13 @@ class NormConstraint(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take note of the weights before a step; only now have all callbacks had their say about the groups."""
         if self._fit is None:
-            self._fit = _Fit(self, pl_module, trainer.model, bare_optimizers(trainer))
+            self._fit = self._attach(pl_module, trainer.model, bare_optimizers(trainer))
         self._fit.prepare()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take note of lazy parameters, which have a shape after the first forward pass."""
         self._fit.pause(False)
-        if any(constraint.undecided for constraint in self._fit.constraints):
+        if self._fit.is_undecided:
             self._fit.prepare()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -209,96 +208,27 @@ class NormConstraint(Callback):
                 f"{type(self.bound).__name__} per {self.per}: bounds and multipliers start anew."
             )
 
+    def _attach(
+        self, module: nn.Module, outermost: nn.Module | None, optimizers: list[Optimizer]
+    ) -> ConstraintsInForce:
+        return ConstraintsInForce(
+            [
+                AttachedConstraint(
+                    optimizer,
+                    partial(names_of_constrained, module, self.rules, outermost, optimizers),
+                    self.bound,
+                    per=self.per,
+                    update_rate=self.update_rate,
+                    memory=self._memory,
+                    label=f"optimizer{number}/" if len(optimizers) > 1 else "",
+                    shards=flat_shards(module if outermost is None else outermost),
+                )
+                for number, optimizer in enumerate(optimizers)
+            ]
+        )
+
     def _release(self) -> None:
         if self._fit is not None:
             self._fit.memorise()
             self._fit.remove()
             self._fit = None
-
-
-class _Fit:
-    """What is known of the running fit: who is constrained, and the constraint attached to each optimizer."""
-
-    def __init__(
-        self, callback: NormConstraint, module: nn.Module, outermost: nn.Module | None, optimizers: list[Optimizer]
-    ) -> None:
-        self.rules = callback.rules
-        self.module = module
-        self.outermost = outermost
-        self.optimizers = optimizers
-        self.has_stepped = False
-        self.constraints = [
-            AttachedConstraint(
-                optimizer,
-                self.names,
-                callback.bound,
-                per=callback.per,
-                update_rate=callback.update_rate,
-                memory=callback._memory,
-                label=f"optimizer{number}/" if len(optimizers) > 1 else "",
-                shards=flat_shards(module if outermost is None else outermost),
-            )
-            for number, optimizer in enumerate(optimizers)
-        ]
-
-    def names(self) -> Mapping[Tensor, str | None]:
-        """Return the name of each constrained parameter, None for each exempt one; nothing while some are lazy."""
-        if is_undecided(self.module):
-            return {}
-        names: dict[Tensor, str | None] = {}
-        for name, parameter, rule in rules_by_parameter(self.module, self.rules, self.outermost):
-            names[parameter] = name if rule.resolve(1.0) else None
-        if not any(tensor in names for tensor in self._optimized()):
-            raise MisconfigurationException(
-                "None of the optimizers' parameters are the module's, so NormConstraint can't know them. Build the "
-                "optimizer from the parameters as they are after `configure_model`."
-            )
-        if not any(names.values()):
-            raise MisconfigurationException(
-                f"NormConstraint has nothing to constrain: its rules exempt all {len(names)} parameters of the "
-                "module. Give rules that give some of them a weight decay."
-            )
-        return names
-
-    def _optimized(self) -> list[Tensor]:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [tensor for group in groups for tensor in group["params"]]
-
-    def prepare(self) -> None:
-        """Look up what there is to constrain, before a step moves it."""
-        self.pause(False)
-        for constraint in self.constraints:
-            constraint.prepare()
-
-    def pause(self, is_paused: bool) -> None:
-        """Leave steps alone, or act on them again."""
-        for constraint in self.constraints:
-            constraint.is_paused = is_paused
-
-    def memorise(self) -> None:
-        """Write down what bounds and multipliers remember."""
-        for constraint in self.constraints:
-            constraint.memorise()
-
-    def remove(self) -> None:
-        """Take the hooks off the optimizers."""
-        for constraint in self.constraints:
-            constraint.remove()
-
-    def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the extremes and the values of each vector, by logged key, in one transfer."""
-        read = [
-            (constraint.labels, table) for constraint in self.constraints if (table := constraint.readout()) is not None
-        ]
-        if not read:
-            return {}, {}
-        labels = [label for own, _ in read for label in own]
-        columns = torch.cat([table for _, table in read], dim=1).tolist()
-        extremes, each = {}, {}
-        for quantity, extreme, values in zip(("bound", "slack", "multiplier"), (min, min, max), columns, strict=False):
-            # Bounds that are not known yet are infinite.
-            finite = {label: value for label, value in zip(labels, values, strict=True) if math.isfinite(value)}
-            each.update({f"{prefix}/{quantity}/{label}": value for label, value in finite.items()})
-            if finite:
-                extremes[f"{prefix}/{quantity}"] = extreme(finite.values())
-        return extremes, each
