@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 OTHER = "pytorch_lightning"
 
 
-def derive_from_both(callback: type) -> None:
-    """Add the base class of the other package to `callback` and all that derive from it, now or once it is imported."""
+def derive_from_both(callback: type, base: str = "Callback") -> None:
+    """Add the base class of the other package to `callback` and all that derive from it, now or once it is imported.
+
+    Args:
+        callback: the class that derives from the base class in `lightning`.
+        base: the base class's name in `pytorch_lightning.callbacks`.
+    """
     if OTHER in sys.modules:
-        callback.__bases__ = (*callback.__bases__, sys.modules[OTHER].Callback)
+        callback.__bases__ = (*callback.__bases__, getattr(sys.modules[OTHER].callbacks, base))
     else:
-        sys.meta_path.insert(0, _OnImport(callback))
+        sys.meta_path.insert(0, _OnImport(callback, base))
 
 
 class _OnImport(MetaPathFinder):
@@ -33,8 +38,9 @@ class _OnImport(MetaPathFinder):
     It stays until then: a check whether a package is there asks for a spec and imports nothing, and an import may fail.
     """
 
-    def __init__(self, callback: type) -> None:
+    def __init__(self, callback: type, base: str) -> None:
         self._callback = callback
+        self._base = base
         self._is_asking = False
 
     def find_spec(
@@ -56,7 +62,7 @@ class _OnImport(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                derive_from_both(self._callback)
+                derive_from_both(self._callback, self._base)
 
         spec.loader.exec_module = execute_and_derive  # type: ignore[method-assign]
         return spec

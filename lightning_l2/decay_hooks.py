@@ -123,15 +123,15 @@ class Compared(_OnWeights):
     def _start(self, has_closure: bool) -> None:
         self._before: dict[Tensor, Tensor] = {}
         self._is_complete = False
-        # The closure of an optimizer that torch doesn't know may find moved weights; which rows get a gradient is not
-        # known before it.
+        # An optimizer that isn't torch's may move weights before it calls the closure, so whole weights are copied now,
+        # when nobody knows which rows a sparse gradient will have.
         self._with_rows = not has_closure or torch_class(self._optimizer) is not None
         if not self._with_rows:
             self._copy(_trainable)
 
     def _before_update(self) -> None:
         if not self._is_complete:
-            self._copy(with_gradient)  # of those copied already none, so those that were lazy
+            self._copy(with_gradient)  # what was not copied at the start: nothing yet, or lazy parameters
         self._is_complete = True
 
     def _copy(self, select: Callable[[list[Tensor]], list[Tensor]]) -> None:

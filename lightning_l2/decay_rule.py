@@ -26,7 +26,8 @@ class DecayRule:
     Args:
         name: name of the rule and of the parameter group it makes.
         pattern: regular expression searched for in the qualified name.
-        modules: classes, or names of classes, of the module that owns the parameter; derived classes count.
+        modules: classes, or names of classes, of the module that owns the parameter, one or several; derived classes
+            count.
         max_ndim: largest number of dimensions.
         weight_decay: absolute weight decay, as of torch optimizers (gradient of `weight_decay / 2 * ||w||^2`).
         multiplier: weight decay relative to the base value, dimensionless.
@@ -52,7 +53,7 @@ class DecayRule:
 
     name: str
     pattern: str | None = field(default=None, kw_only=True)
-    modules: tuple[str | type, ...] = field(default=(), kw_only=True)
+    modules: str | tuple[str | type, ...] = field(default=(), kw_only=True)
     max_ndim: int | None = field(default=None, kw_only=True)
     weight_decay: float | None = field(default=None, kw_only=True)
     multiplier: float | None = field(default=None, kw_only=True)
@@ -63,7 +64,7 @@ class DecayRule:
     layer_decay: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the values and make `modules` a tuple, since YAML gives lists."""
+        """Check the values and make `modules` a tuple, since YAML gives a list or one name."""
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"A rule needs a name, a non-empty string, but got {self.name!r}.")
         given: Any = self.modules

@@ -50,7 +50,7 @@ def _stacked_products(lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...]) -> 
         x = torch.stack(lefts[start:stop], out=left[: stop - start])
         y = torch.stack(rights[start:stop], out=right[: stop - start])
         x = x.mul_(y) if x.dtype == at_least_fp32(x) else x.float().mul_(y)
-        products.append(x.flatten(1).sum(1))
+        products.append(x.unsqueeze(-1).flatten(1).sum(1))  # scalars too have a dimension to sum over then
     return torch.cat(products)
 
 

@@ -1,4 +1,4 @@
-"""Tensors as they lie in memory: views in its order and in blocks, the dtypes to add up in, results put together."""
+"""Views of tensors in the order of memory and in blocks, the dtypes to add up in, and results put in order."""
 
 from __future__ import annotations
 

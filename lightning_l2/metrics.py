@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_l2.norms import squared_norms
@@ -41,11 +42,11 @@ def l2_norm(parameters: Parameters) -> Tensor:
     return squared_norms(tensors, [shards.get(id(tensor)) for tensor in tensors]).sum().sqrt()
 
 
-def l2_penalty(param_groups: Iterable[Mapping[str, Any]]) -> Tensor:
+def l2_penalty(param_groups: Optimizer | Iterable[Mapping[str, Any]]) -> Tensor:
     r"""Compute the penalty \(\sum_g \frac{\lambda_g}{2} \lVert w_g \rVert_2^2\) of an optimizer's parameter groups.
 
     Args:
-        param_groups: `optimizer.param_groups`, or dicts that have `params` and `weight_decay` like them.
+        param_groups: An optimizer, its `param_groups`, or dicts that have `params` and `weight_decay` like them.
 
     Returns:
         Shape `()`, float64 where the device has it.
@@ -56,7 +57,8 @@ def l2_penalty(param_groups: Iterable[Mapping[str, Any]]) -> Tensor:
     >>> l2_penalty([{"params": [torch.tensor([3.0, 4.0])], "weight_decay": 0.1}])
     tensor(1.2500, dtype=torch.float64)
     """
-    groups = [(weight_decay_in_force(group), list(group["params"])) for group in param_groups]
+    dicts = param_groups.param_groups if isinstance(param_groups, Optimizer) else param_groups
+    groups = [(weight_decay_in_force(group), list(group["params"])) for group in dicts]
     tensors = [parameter for _, parameters in groups for parameter in parameters]
     _check_whole(tensors, "Use L2NormMonitor, which logs the penalty, or FSDP2.")
     squares = squared_norms(tensors)
@@ -200,11 +202,11 @@ class L2Penalty(_Running):
     def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
         super().__init__(statistic, "penalty", **kwargs)
 
-    def update(self, param_groups: Iterable[Mapping[str, Any]]) -> None:
+    def update(self, param_groups: Optimizer | Iterable[Mapping[str, Any]]) -> None:
         """Take the penalty now, with the lambda that the groups have now.
 
         Args:
-            param_groups: `optimizer.param_groups`, or dicts that have `params` and `weight_decay` like them.
+            param_groups: An optimizer, its `param_groups`, or dicts that have `params` and `weight_decay` like them.
         """
         self._add(l2_penalty(param_groups))
 

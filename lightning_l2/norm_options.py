@@ -1,4 +1,4 @@
-"""What a monitor of norms is asked for."""
+"""The options of `L2NormMonitor`, checked."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What is logged of a reading, and what is wrong with it: from sums of squares to named numbers, on the host."""
+"""From what a step's reading measured to the metrics that are logged and the alarms that are raised, on the host."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_l2.histograms import Histogram, histogram
 from lightning_l2.quantities import (
     angular_updates,
     effective_lrs,
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
     from lightning_l2.reading import Fetched, Reading, Values
 
 
+class Observed(NamedTuple):
+    """What a step has shown.
+
+    Args:
+        metrics: Numbers by key.
+        histograms: Histograms by key.
+        alarms: What no earlier step has raised.
+    """
+
+    metrics: dict[str, float]
+    histograms: dict[str, Histogram]
+    alarms: list[Alarm]
+
+
 class NormReport:
     """Turn readings into metrics, one after the other.
 
@@ -38,8 +53,8 @@ class NormReport:
         self._previous: dict[str, float] = {}
         self._raised: set[tuple[str, str]] = set()
 
-    def report(self, reading: Reading, fetched: Fetched, batches: int = 1) -> tuple[dict[str, float], list[Alarm]]:
-        """Return all that is to be logged of a reading, by key, and the alarms that no earlier reading has raised.
+    def report(self, reading: Reading, fetched: Fetched, batches: int = 1) -> Observed:
+        """Return all that is to be logged of a reading.
 
         Args:
             reading: The reading.
@@ -57,22 +72,23 @@ class NormReport:
             layers, initial, metrics["l2_penalty/total"], fetched.others.get(("loss", 0)), batches
         )
         self._previous = layers
-
-        def select(sums: dict[str, float]) -> dict[str, float]:
-            return sums if shown is None else {name: sums[name] for name in sums if name in shown}
-
-        layers = select(layers)
+        layers = {name: square for name, square in layers.items() if shown is None or name in shown}
         metrics |= norms("l2_norm", layers)
         if self._options.initial_ratio:
             metrics |= ratios("norm_ratio", layers, initial)
         if "gradients" in fetched.sums:
-            metrics |= norms("grad_norm", select(watched.by_layer(fetched.sums["gradients"])))
+            gradients = watched.by_layer(fetched.sums["gradients"])
+            metrics |= norms("grad_norm", {name: gradients[name] for name in gradients if name in layers})
         if "updates" in fetched.sums:
             metrics |= self._of_updates(reading, fetched.sums, layers)
+        histograms = {}
         for (kind, index), numbers in fetched.others.items():
-            if kind == "spectra" and (shown is None or watched.layers[index] in shown):
-                metrics |= spectral(watched.names[index], numbers, squares[index])
-        return metrics, alarms
+            name, is_shown = watched.names[index], watched.layers[index] in layers
+            if kind == "spectra" and is_shown:
+                metrics |= spectral(name, numbers, squares[index])
+            if kind == "histogram" and is_shown:
+                histograms[f"weights/{name}"] = histogram(numbers)
+        return Observed(metrics, histograms, alarms)
 
     def _of_updates(
         self, reading: Reading, sums: Mapping[str, Values], layers: Mapping[str, float]

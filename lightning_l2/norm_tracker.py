@@ -1,12 +1,11 @@
-"""Follow the weights through the steps of one training, as a monitor asks."""
+"""Measure and report single steps of a training for `L2NormMonitor`, one after the other."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from lightning_l2.histograms import Histogram, histogram
-from lightning_l2.norm_report import NormReport
+from lightning_l2.norm_report import NormReport, Observed
 from lightning_l2.reading import Reading
 from lightning_l2.sharding import show_shards
 from lightning_l2.watching import Watched, regroup, signature, watch
@@ -18,22 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
-    from lightning_l2.alarms import Alarm
     from lightning_l2.norm_options import NormOptions
-
-
-class Observed(NamedTuple):
-    """What a step has shown.
-
-    Args:
-        metrics: Numbers by key.
-        histograms: Histograms by key.
-        alarms: What is newly wrong.
-    """
-
-    metrics: dict[str, float]
-    histograms: dict[str, Histogram]
-    alarms: list[Alarm]
 
 
 class NormTracker:
@@ -111,21 +95,14 @@ class NormTracker:
             reading.read_loss(loss)
         if options.keeps_weights:
             reading.read_updates()
-        fetched = reading.fetch()
-        metrics, alarms = self._report.report(reading, fetched, batches)
-        histograms = {
-            f"weights/{reading.watched.names[index]}": histogram(numbers)
-            for (kind, index), numbers in fetched.others.items()
-            if kind == "histogram"
-        }
+        observed = self._report.report(reading, reading.fetch(), batches)
         self.end()
-        return Observed(metrics, histograms, alarms)
+        return observed
 
     def peek(self) -> dict[str, float]:
         """Return the metrics that are known while a step is under way, which goes on."""
         assert self._reading is not None
-        metrics, _ = NormReport(self._options, dict(self._initial)).report(self._reading, self._reading.fetch())
-        return metrics
+        return NormReport(self._options, dict(self._initial)).report(self._reading, self._reading.fetch()).metrics
 
     def end(self) -> None:
         """Leave the step, measured or not."""
@@ -134,7 +111,7 @@ class NormTracker:
             self._handles.pop().remove()
 
     def _on_stepped(self, number: int, optimizers: Sequence[Optimizer], optimizer: Optimizer, *_: object) -> None:
-        """Take down what the step went by, which may have changed since its first batch, and its gradients."""
+        """Read what the step went by, which may have changed since its first batch, and its gradients."""
         if self._reading is not None:
             self._read_groups(self._reading, number, optimizers)
             gradients = self._options.gradients
@@ -142,7 +119,7 @@ class NormTracker:
                 self._reading.read_gradients(number, optimizer)
 
     def _read_groups(self, reading: Reading, number: int, optimizers: Sequence[Optimizer]) -> None:
-        """Take down an optimizer's groups, or those of all where some were added or split since the step began."""
+        """Read an optimizer's groups, or those of all where some were added or split since the step began."""
         groups = signature((), optimizers)
         if groups == self._groups:
             reading.read_groups(number, optimizers[number])

@@ -1,4 +1,4 @@
-"""The L2 penalty of an objective: its gradient, its value, and what an optimizer that looks at the loss is told."""
+"""The L2 penalty as a part of the objective: in the gradients, in the loss that line searches read, and as metrics."""
 
 from __future__ import annotations
 
@@ -156,19 +156,22 @@ class L2Objective:
     def _on_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        with_closure = wrap_closure(args, kwargs, lambda closure: self._told(optimizer, closure))
+        with_closure = wrap_closure(args, kwargs, lambda closure: self._with_penalty(optimizer, closure))
         if with_closure is None:
             self._join_late(optimizer)
         return with_closure
 
     def _join_late(self, optimizer: Optimizer) -> None:
+        """Join the gradients unless `join_gradients` was called for this step."""
         if id(optimizer) not in self._joined:
             # Where a GradScaler leaves unscaling to the optimizer, no hook before the step had unscaled gradients.
             scale = getattr(optimizer, "grad_scale", None)
             self.join_gradients(optimizer, 1.0 if scale is None else scale)
         self._joined.discard(id(optimizer))
 
-    def _told(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that also joins the gradients, and returns the penalised loss to optimizers that read it."""
+
         def evaluate() -> Any:
             loss = closure()
             self._join_late(optimizer)

@@ -1,4 +1,4 @@
-"""From sums of squares to the quantities that are logged, on the host; each is one function."""
+"""The quantities that are logged, one function each, from sums of squares on the host."""
 
 from __future__ import annotations
 

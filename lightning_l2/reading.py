@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_l2.histograms import count
 from lightning_l2.inner_products import local_inner_products
+from lightning_l2.memory_layout import plain_part
 from lightning_l2.norms import local_squared_norms
 from lightning_l2.param_groups import weight_decay_in_force
 from lightning_l2.rotation import equilibrium_angle, learning_rate, norm_power
@@ -33,8 +34,8 @@ class GroupValues(NamedTuple):
     Args:
         weight_decay: lambda in force.
         lr: Learning rate.
-        angle: The rotation a step expected in equilibrium, in radians, if known.
-        power: With which power of the norm the optimizer turns scale-invariant weights less.
+        angle: `rotation.equilibrium_angle` of the group, in radians; None if it is unknown or not wanted.
+        power: `rotation.norm_power` of the optimizer.
     """
 
     weight_decay: float
@@ -68,8 +69,11 @@ class Reading:
     def __init__(self, watched: Watched, optimizers: Sequence[Optimizer], step: int, *, rotation: bool = False) -> None:
         self.step = step
         self._rotation = rotation
+        # by the optimizer's number
         self._groups: dict[int, list[GroupValues]] = {}
+        # by quantity, gradients by the optimizer's number too: indices of parameters and one number for each
         self._sums: dict[tuple[str, int], tuple[Sequence[int], Tensor]] = {}
+        # by quantity and the parameter's index
         self._others: dict[tuple[str, int], Tensor] = {}
         self._before: list[Tensor] | None = None
         self.regroup(watched, optimizers)
@@ -80,13 +84,13 @@ class Reading:
         return [values for number in sorted(self._groups) for values in self._groups[number]]
 
     def regroup(self, watched: Watched, optimizers: Sequence[Optimizer]) -> None:
-        """Take down the groups of all optimizers; `watched` has the same parameters as before."""
+        """Read the groups of all optimizers; `watched` has the same parameters as before."""
         self.watched = watched
         for number, optimizer in enumerate(optimizers):
             self.read_groups(number, optimizer)
 
     def read_groups(self, number: int, optimizer: Optimizer) -> None:
-        """Take down lambda and what else is in force in the groups of the optimizer of that number."""
+        """Read lambda and what else is in force in the groups of the optimizer of that number."""
         power = norm_power(optimizer) if self._rotation else 1
         self._groups[number] = [
             GroupValues(
@@ -106,28 +110,30 @@ class Reading:
             self._before = [_wide_copy(local_part(parameter).detach()) for parameter in parameters]
 
     def read_spectra(self) -> None:
-        """Reduce the logged weight matrices to what tells their extreme singular values."""
+        """Reduce each logged weight matrix to a bidiagonal one, which tells its extreme singular values."""
         for index, weight in self._whole_weights():
             matrix = as_matrix(weight)
             if matrix is not None:
                 self._others["spectra", index] = bidiagonal(matrix)
 
     def read_histograms(self) -> None:
-        """Count the logged weights."""
+        """Count the entries of the logged weights; real and imaginary parts of complex ones."""
         for index, weight in self._whole_weights():
             if weight.numel():
-                self._others["histogram", index] = count(weight)
+                self._others["histogram", index] = count(plain_part(weight))
 
     def read_gradients(self, number: int, optimizer: Optimizer) -> None:
         """Measure the gradients of one optimizer's parameters; the last reading of an optimizer counts."""
         mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         indices, gradients = [], []
         for index, parameter in enumerate(self.watched.parameters):
+            if id(parameter) not in mine:
+                continue
             gradient = parameter.grad
             if gradient is None and self.watched.sharded and (self.watched.shards[index] or process_groups(parameter)):
                 # Other processes may have a gradient for their part, and all must join the sum.
                 gradient = torch.zeros(0, device=parameter.device)
-            if id(parameter) in mine and gradient is not None:
+            if gradient is not None:
                 indices.append(index)
                 gradients.append(gradient)
         self._sums["gradients", number] = indices, local_squared_norms(gradients)
@@ -137,7 +143,7 @@ class Reading:
         return ("gradients", number) in self._sums
 
     def read_loss(self, loss: Tensor) -> None:
-        """Take the loss along, as it is on this process."""
+        """Keep the loss, as it is on this process."""
         self._others["loss", 0] = loss
 
     @torch.no_grad()
@@ -156,7 +162,9 @@ class Reading:
 
     def fetch(self) -> Fetched:
         """Bring everything to the host, by one collective where parameters are sharded and one transfer."""
-        sums = torch.cat([values for _, values in self._sums.values()])
+        _, weights = self._sums["weights", 0]
+        # the sums of an optimizer without gradients, or with all of its parameters elsewhere, are on another device
+        sums = torch.cat([values.to(weights, non_blocking=True) for _, values in self._sums.values()])
         if self.watched.sharded:
             parameters, shards = self.watched.parameters, self.watched.shards
             owners = [index for indices, _ in self._sums.values() for index in indices]

@@ -83,9 +83,10 @@ def equilibrium_angle(optimizer: Optimizer, group: Mapping[str, Any]) -> float |
 
 
 def norm_power(optimizer: Optimizer) -> int:
-    """Return with which power of the norm an optimizer's step on scale-invariant weights turns them less.
+    r"""Return the power $p$ in the learning rate $\eta / \lVert w \rVert^p$ that scale-invariant weights feel.
 
-    The gradient shrinks as the weights grow: 2 for SGD, which feels that, and 1 for optimizers that normalise it.
+    A step of one length turns larger weights less, hence 1. Their gradient is smaller too, hence 2 for SGD, whose
+    steps shrink with it; optimizers that normalise it undo that.
 
     >>> import torch
     >>> norm_power(torch.optim.SGD([torch.zeros(1)])), norm_power(torch.optim.AdamW([torch.zeros(1)]))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,18 @@ __all__ = [
     "rules_by_parameter",
 ]
 
-Rules = str | Sequence[DecayRule | str]
+Rules = str | Sequence[DecayRule | Mapping[str, Any] | str]
 
 
 def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
     """Return the rules that a preset's name, or a list of rules and presets' names, stands for.
 
     Args:
-        rules: name of a preset, or rules in the order in which they are tried; a preset's name expands in place.
+        rules: name of a preset, or rules in the order in which they are tried; a preset's name expands in place, and a
+            mapping stands for the rule that has these arguments, as in YAML.
 
     Raises:
-        TypeError: If an entry is neither a rule nor a name.
+        TypeError: If an entry is none of these, or a rule has no such argument.
         ValueError: If there is no such preset, no rule at all, or two rules have one name.
 
     Example:
@@ -50,6 +51,8 @@ def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
             resolved.append(entry)
         elif isinstance(entry, str):
             resolved.extend(_preset(entry))
+        elif isinstance(entry, Mapping):
+            resolved.append(_rule(entry))
         else:
             raise TypeError(f"A rule must be a DecayRule or the name of a preset, got {entry!r}.")
     if not resolved:
@@ -145,6 +148,16 @@ def _preset(name: str) -> tuple[DecayRule, ...]:
             hint = "If it is meant as a list of rules, one of their keys or values is wrong. "
         raise ValueError(f"There is no preset {name!r}. {hint}Presets: {', '.join(map(repr, PRESETS))}.")
     return PRESETS[name]
+
+
+def _rule(arguments: Mapping[str, Any]) -> DecayRule:
+    known = [field.name for field in fields(DecayRule)]
+    for name in arguments:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"A rule has no {name!r}. {hint}It takes {', '.join(known)}.")
+    return DecayRule(**arguments)
 
 
 def _check_unique(rules: Sequence[DecayRule]) -> None:

@@ -1,4 +1,4 @@
-"""Try something out and be back exactly where one was."""
+"""Keep weights, random states, data and other objects during a trial training, and put them back bit for bit."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ ITERATIONS = 32  # enough for the largest singular value to about 1e-3
 
 
 def as_matrix(weight: Tensor) -> Tensor | None:
-    """View a weight as the matrix that maps inputs to outputs, kernels flattened; None if it is no matrix.
+    """View a weight as the matrix that maps inputs to outputs, kernels flattened; None if it is no matrix, or complex.
 
     >>> as_matrix(torch.zeros(8, 4, 3, 3)).shape
     torch.Size([8, 36])
     >>> as_matrix(torch.zeros(8, 1)) is None
     True
     """
-    if weight.ndim < 2:
+    if weight.ndim < 2 or weight.is_complex():
         return None
     # The order of columns doesn't matter, so a kernel stored channels last needs no copy either.
     inner = sorted(range(1, weight.ndim), key=weight.stride, reverse=True)

@@ -205,7 +205,7 @@ def signature(model_parameters: Iterable[nn.Parameter], optimizers: Sequence[Opt
     """Return what tells, cheaply, whether the parameters to watch or their groups have changed."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return (
-        tuple(parameter.requires_grad for parameter in model_parameters),
+        tuple(parameter.requires_grad and not is_lazy(parameter) for parameter in model_parameters),
         tuple(group.get("name") for group in groups),
         tuple(id(parameter) for group in groups for parameter in group["params"]),
     )

@@ -126,6 +126,20 @@ def test_stable_decay_in_the_middle_of_a_training_reads_the_states_there_are() -
         optimizer.step()
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_stable_decay_of_complex_weights_is_that_of_their_parts(amsgrad: bool) -> None:
+    as_complex = nn.Parameter(torch.zeros(3, dtype=torch.complex128))
+    parts = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+    optimizers = [torch.optim.AdamW([weight], amsgrad=amsgrad) for weight in (as_complex, parts)]
+    for step in range(3):
+        parts.grad = torch.tensor([[1.0, 2.0], [0.0, -4.0], [0.5, 3.0]], dtype=torch.float64) / (1 + step)
+        as_complex.grad = torch.view_as_complex(parts.grad)
+        found, expected = (StableDecay().multipliers(optimizer, {}, {})[0] for optimizer in optimizers)
+        assert found == pytest.approx(expected, rel=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 @pytest.mark.parametrize(
     "make",
     [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adamax, torch.optim.Adafactor, pytorch_optimizer.Lion],
@@ -213,7 +227,8 @@ def hill_by_the_formula(matrices: list[np.ndarray]) -> float:
 
 
 def eigenvalues_of(matrix: np.ndarray) -> np.ndarray:
-    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+    adjoint = matrix.conj().T
+    gram = adjoint @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ adjoint
     return np.linalg.eigvalsh(gram)
 
 
@@ -226,6 +241,11 @@ def test_hill_exponent_is_the_formula(shape: tuple[int, ...]) -> None:
     half = torch.tensor(array, dtype=torch.bfloat16)
     matrices = [half.double().numpy().reshape(*shape[:2], -1)[:, :, position] for position in range(len(matrices))]
     assert hill_exponent(half).item() == pytest.approx(hill_by_the_formula(matrices), rel=1e-9)
+
+
+def test_hill_exponent_of_complex_weights() -> None:
+    weight = torch.randn(12, 9, dtype=torch.complex128)
+    assert hill_exponent(weight).item() == pytest.approx(hill_by_the_formula([weight.numpy()]), rel=1e-9)
 
 
 def test_hill_exponent_recovers_the_exponent_of_a_power_law() -> None:
@@ -386,7 +406,7 @@ def test_corrected_decay_knows_output_layers_by_name(name: str, corrected: bool)
 def test_corrected_decay_refuses_groups_without_lr() -> None:
     optimizer = sgd(([1.0], [1.0], 0.1))
     del optimizer.param_groups[0]["lr"]
-    with pytest.raises(ValueError, match="group 0 of SGD has no `lr`"):
+    with pytest.raises(ValueError, match=r"CorrectedDecay reads .* group 0 of SGD has no `lr`"):
         CorrectedDecay().check(optimizer)
 
 

@@ -110,10 +110,30 @@ def test_types_side_by_side(per: Per) -> None:
 
 
 @pytest.mark.parametrize("per", ["parameter", "row", "group"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [(), (4,), (4, 5), (4, ROW)], ids=str)
+def test_complex_tensors(shape: tuple[int, ...], dtype: torch.dtype, per: Per) -> None:
+    tensor = torch.randn(shape, dtype=torch.complex128).to(dtype)
+    rows = tensor.clone().view(-1, *shape[1:])
+    vectors = [rows[i] for i in range(len(rows))] if per == "row" else [rows]
+    norms = [vector.to(torch.complex128).abs().square().sum().sqrt().item() for vector in vectors]
+    bound = 0.7 * min(norms)
+    assert project_([tensor], bound, per=per).tolist() == pytest.approx(norms, rel=1e-6)
+    expected = torch.cat([(vector * (bound / norm)).flatten() for vector, norm in zip(vectors, norms, strict=True)])
+    torch.testing.assert_close(tensor.flatten(), expected, rtol=2e-6 if dtype == torch.complex64 else 4e-15, atol=0)
+
+
+@pytest.mark.parametrize("per", ["parameter", "row", "group"])
 def test_zero_stays_zero(per: Per) -> None:
     tensors = [torch.zeros(3, 4), torch.zeros(0, 4), torch.zeros(2)]
     project_(tensors, 1.0, per=per)
     assert all(not tensor.any() for tensor in tensors)
+
+
+def test_an_empty_tensor_beside_a_lagrangian() -> None:
+    vectors = ConstrainedVectors([torch.zeros(0, 3), torch.full((4,), 0.6)])
+    state, _ = constrain_(vectors, {"multiplier": torch.zeros(2)}, FixedBound(1.0), update_rate=1.0)
+    assert state["multiplier"].tolist() == pytest.approx([0.0, 4 / 4 * (1.2**2 - 1) / 2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -128,6 +148,17 @@ def test_leaves_that_require_gradients() -> None:
     project_([parameter], 1.0)
     assert parameter.grad_fn is None
     assert parameter.norm().item() == pytest.approx(1.0, rel=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (64, 64), (7, ROW + 3), (16, 3, 3, 3)])
+@pytest.mark.parametrize("per", ["parameter", "row", "group"])
+def test_it_ends_within_a_millionth_of_the_bound_and_never_beyond(per: Per, shape: tuple[int, ...]) -> None:
+    for seed in range(20):
+        tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(seed))]
+        project_(tensors, 0.3, per=per)
+        norms = norms_of(tensors, per)
+        assert norms == pytest.approx([0.3] * len(norms), rel=1e-6)
+        assert max(norms) <= 0.3
 
 
 tensors_of = st.builds(

@@ -179,8 +179,7 @@ def parser():
 
 
 def instantiated(config: Namespace):
-    # jsonargparse 4.49 renamed the method and made the old name warn.
-    return getattr(parser(), "instantiate" if hasattr(ArgumentParser, "instantiate") else "instantiate_classes")(config)
+    return parser().instantiate(config)
 
 
 YAML = r"""
@@ -189,7 +188,7 @@ component:
     - {name: embedding, modules: [Embedding, torch.nn.EmbeddingBag], multiplier: 0.2}
     - {name: head, pattern: "^head\\.", weight_decay: 1e-4}
     - {name: layers, pattern: "layers\\.(\\d+)", layer_decay: 0.9, optional: true}
-    - {name: own, modules: [Conv2d], per_parameter: true}
+    - {name: own, modules: Conv2d, per_parameter: true}
     - default
 """
 EXPECTED = [
@@ -221,7 +220,7 @@ def test_rules_come_from_the_command_line():
         ("{name: a, modul: [Embedding]}", "modul"),
         ("{modules: [Embedding]}", "name"),
         ("{name: a, weight_decay: strong}", "weight_decay"),
-        ("{name: a, modules: Embedding}", "modules"),
+        ("{name: a, modules: 3}", "modules"),
     ],
 )
 def test_a_wrong_rule_in_yaml_is_refused_by_name(rule, message):

@@ -77,6 +77,12 @@ def test_penalty_statistics(statistic: Any) -> None:
     assert metric.compute().item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_an_optimizer_stands_for_its_groups() -> None:
+    metric = L2Penalty()
+    metric.update(optimizer(model()))
+    assert metric.compute().item() == pytest.approx(penalty(model()), rel=1e-6)
+
+
 def test_lambda_of_the_moment_counts() -> None:
     net = model()
     groups = optimizer(net).param_groups

@@ -97,7 +97,7 @@ def test_empty_and_scalar(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert norm(tensor) == (3.0 if shape == () else 0.0)
 
 
-def test_several_empty_tensors_among_others() -> None:
+def test_several_empty_tensors_and_scalars_among_others() -> None:
     tensors = [
         torch.zeros(0),
         torch.ones(4),
@@ -105,9 +105,11 @@ def test_several_empty_tensors_among_others() -> None:
         torch.zeros(3, 0).half(),
         torch.ones(4),
         torch.ones(9).half(),
+        torch.tensor(2.0),
+        torch.tensor(3.0),
     ]
-    assert squared_norms(tensors).tolist() == [0.0, 4.0, 0.0, 0.0, 4.0, 9.0]
-    assert local_inner_products(tensors, tensors).tolist() == [0.0, 4.0, 0.0, 0.0, 4.0, 9.0]
+    assert squared_norms(tensors).tolist() == [0.0, 4.0, 0.0, 0.0, 4.0, 9.0, 4.0, 9.0]
+    assert local_inner_products(tensors, tensors).tolist() == [0.0, 4.0, 0.0, 0.0, 4.0, 9.0, 4.0, 9.0]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # older torch

@@ -168,8 +168,8 @@ def test_heatmap_shows_each_norm_relative_to_the_first_one_above_0() -> None:
     )
 
 
-def test_heatmap_shows_the_norms_themselves_on_request() -> None:
-    figure = plot_norm_heatmap({"l2_norm/a": ([0, 1], [2.0, 8.0])}, relative=False)
+def test_heatmap_shows_the_norms_themselves_and_those_of_gradients_on_request() -> None:
+    figure = plot_norm_heatmap({"grad_norm/a": ([0, 1], [2.0, 8.0])}, relative=False, prefix="grad_norm")
     image, shown = image_of(figure)
     np.testing.assert_array_equal(shown, [[2.0, 8.0]])
     assert (image.norm.vmin, image.norm.vmax, image.cmap.name) == (2.0, 8.0, "viridis")
@@ -295,6 +295,12 @@ def test_histograms_count_every_weight() -> None:
     shown = in_words(figure)
     assert "‖w‖ 1.15\n40% near 0" in shown, "sqrt(0.005^2 + 0.5^2 + 1 + 0.25^2) = 1.146, two of five"
     assert "‖w‖ 5\n0% near 0" in shown
+
+
+def test_histograms_of_complex_weights_count_their_parts() -> None:
+    figure = plot_histograms({"weight": torch.tensor([3.0 + 4.0j, 0.0j])}, bins=4)
+    assert [patch.get_height() for patch in figure.axes[0].patches] == [0, 0, 2, 2]
+    assert "‖w‖ 5\n50% near 0" in in_words(figure)
 
 
 def test_of_many_tensors_an_even_selection_is_drawn() -> None:
@@ -482,8 +488,9 @@ def test_penalty_above_the_loss_is_marked_although_the_first_is_not_a_number() -
 
 
 @pytest.mark.parametrize("known", [[], [0.1]], ids=["at no step", "at one step"])
-def test_ratios_of_a_training_that_diverged_are_drawn(known: list[float], tmp_path: Any) -> None:
-    values = [*known, math.nan, math.nan]
+@pytest.mark.parametrize("unknown", [math.nan, math.inf])
+def test_ratios_of_a_training_that_diverged_are_drawn(known: list[float], unknown: float, tmp_path: Any) -> None:
+    values = [*known, unknown, unknown]
     history = {f"update_ratio/{name}": (list(range(len(values))), values) for name in FIVE + FLAT[:5]}
     plot_update_ratios(history).savefig(tmp_path / "ratios.png")
 

@@ -379,11 +379,10 @@ def test_a_schedule_survives_pickle_and_yaml(schedule: Schedule) -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--schedule", type=Schedule)
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49
     once = parser.parse_object({"schedule": as_yaml(schedule)})
     again = parser.parse_string(parser.dump(once))
     for parsed in (once, again):
-        assert instantiate(parsed).schedule == schedule
+        assert parser.instantiate(parsed).schedule == schedule
 
 
 ALIKE = {

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_l2 import L2Penalty, NormConstraint, WeightDecay
 from lightning_l2.rules import DecayRule, assign_rules, decay_param_groups, resolve_rules, rules_by_parameter
 from tests.transformers_models import MODELS
 
@@ -369,13 +370,34 @@ def test_a_model_without_parameters():
         ([], ValueError, "rules is empty. Give at least one rule, or the preset 'default'."),
         (None, TypeError, "rules must be the name of a preset or a list of rules, got None."),
         ({"name": "a"}, TypeError, "rules must be the name of a preset or a list of rules, got {'name': 'a'}."),
-        ([{"name": "a"}], TypeError, "A rule must be a DecayRule or the name of a preset, got {'name': 'a'}."),
+        ([3], TypeError, "A rule must be a DecayRule or the name of a preset, got 3."),
+        (
+            [{"name": "a", "patern": "b"}],
+            TypeError,
+            "A rule has no 'patern'. Did you mean 'pattern'? It takes name, pattern, modules, max_ndim, weight_decay, "
+            "multiplier, default_exemptions, before_norm, optional, per_parameter, layer_decay.",
+        ),
     ],
 )  # fmt: skip
 def test_messages(rules, error, message):
     with pytest.raises(error) as caught:
         assign_rules(small(), rules)
     assert str(caught.value) == message
+
+
+def test_a_mapping_stands_for_a_rule_as_in_yaml():
+    rules = [{"name": "first", "pattern": r"^head\.", "multiplier": 0.5}, "default"]
+    assert assign_rules(small(), rules) == assign_rules(
+        small(), [DecayRule("first", pattern=r"^head\.", multiplier=0.5), "default"]
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(WeightDecay, 0.1), functools.partial(L2Penalty, 0.1), functools.partial(NormConstraint, 1.0)],
+)
+def test_callbacks_take_mappings_as_rules(make):
+    assert make(rules=[{"name": "all"}]).rules == make(rules=[DecayRule("all")]).rules == (DecayRule("all"),)
 
 
 def test_at_most_three_names_are_close():

@@ -86,3 +86,14 @@ def test_a_tracker_sees_new_groups() -> None:
     tracker.begin(1, model, [optimizer], None, 1)
     expected = 0.25 * model.bias.item() ** 2
     assert abs(tracker.observe().metrics["l2_penalty/group1"] - expected) < 1e-9
+
+
+def test_a_tracker_sees_lazy_parameters_once_they_have_shapes() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = NormTracker(NormOptions(), {})
+    tracker.begin(0, model, [optimizer], None, 0)
+    assert "l2_norm/0" not in tracker.observe().metrics
+    model(torch.zeros(1, 2))
+    tracker.begin(1, model, [optimizer], None, 1)
+    assert {"l2_norm/0", "l2_norm/1"} <= set(tracker.observe().metrics)

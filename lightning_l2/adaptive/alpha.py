@@ -135,7 +135,7 @@ class AlphaDecay(FeedbackSchedule):
 def hill_exponent(weight: Tensor) -> Tensor:
     """Return the Hill estimate of the exponent of a weight's spectral tail.
 
-    With the `n` eigenvalues `l_1 <= ... <= l_n` of `W^T W` and `k = n // 2`:
+    With the `n` eigenvalues `l_1 <= ... <= l_n` of `W^T W` (of complex weights `W^H W`) and `k = n // 2`:
     `alpha = 1 + k / sum_{i=1..k} ln(l_{n-i+1} / l_{n-k})`. The eigenvalues of a convolution are those of the matrices
     at all positions of its kernel. Eigenvalues below the precision of a decomposition count as that precision.
 
@@ -157,14 +157,15 @@ def hill_exponent(weight: Tensor) -> Tensor:
     # By attribute: importing DTensor takes a second that most runs don't need.
     whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     # MPS has neither float64 nor eigenvalues.
-    wide = whole.detach().to("cpu" if whole.device.type == "mps" else whole.device, torch.float64)
+    dtype = torch.complex128 if whole.is_complex() else torch.float64
+    wide = whole.detach().to("cpu" if whole.device.type == "mps" else whole.device, dtype)
     # A decomposition raises on what is not finite; of zeros, the exponent is not a number.
     wide = torch.where(wide.isfinite().all(), wide, 0.0)
     matrices = wide.reshape(*wide.shape[:2], -1).permute(2, 0, 1)
     matrices = matrices if wide.shape[0] <= wide.shape[1] else matrices.mT
     # The Gram matrix of the smaller side in float64 is several times faster than singular values in float32, and its
     # eigenvalues have more correct digits.
-    eigenvalues = torch.linalg.eigvalsh(matrices @ matrices.mT).flatten().sort().values
+    eigenvalues = torch.linalg.eigvalsh(matrices @ matrices.mH).flatten().sort().values
     floor = eigenvalues[-1] * max(matrices.shape[-2:]) * torch.finfo(torch.float64).eps
     logs = torch.log(torch.maximum(eigenvalues, floor))
     k = len(logs) // 2

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal, final
 
 from lightning_l2.adaptive.groups import HEAD, check_pattern, matches
 from lightning_l2.arguments import check_types
-from lightning_l2.schedules import FeedbackSchedule, LRSchedule, OptimizerLike
+from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
+from lightning_l2.schedules.feedback import check_learning_rates, relative_learning_rates
+from lightning_l2.schedules.schedule import check_positive
 
 
 @final
@@ -48,15 +50,16 @@ class CorrectedDecay(FeedbackSchedule):
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
         check_pattern(self, "exclude", self.exclude)
-        LRSchedule(self.max_lr)
+        if self.max_lr is not None:
+            check_positive(self, max_lr=self.max_lr)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""
-        LRSchedule(self.max_lr).check(optimizer)
+        check_learning_rates(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
         """Return `lr / max_lr` for the corrected groups and 1 for the others."""
-        ratios = LRSchedule(self.max_lr).multipliers(optimizer, metrics, state)
+        ratios = relative_learning_rates(optimizer, self.max_lr, state)
         return [
             1.0 if matches(self.exclude, group) else ratio
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_l2.adaptive.groups import check_unflattened
+from lightning_l2.memory_layout import plain_part
 from lightning_l2.norms import local_squared_norms
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
-from lightning_l2.sharding import local_part, sum_over_shards
+from lightning_l2.sharding import sum_over_shards
 
 ADAM_FAMILY = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -90,7 +91,8 @@ def coming_mean(optimizer: OptimizerLike) -> float:
     corrected = [
         moment / (1.0 - beta ** (step + 1.0)) for moment, beta, step in zip(moments, betas, steps, strict=True)
     ]
-    return math.fsum(corrected) / sum(weight.numel() for weight in weights)
+    # Adam keeps a second moment of the real and one of the imaginary part
+    return math.fsum(corrected) / sum(weight.numel() * (1 + weight.is_complex()) for weight in weights)
 
 
 def coming_sum(gradient: Tensor, squares: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -105,11 +107,11 @@ def coming_sum(gradient: Tensor, squares: Tensor, state: Mapping[str, Any], grou
     beta2 = float(group["betas"][1])
     if not state:
         return (1.0 - beta2) * squares
-    moment = local_part(state["exp_avg_sq"])
+    moment = plain_part(state["exp_avg_sq"])
     if group.get("amsgrad"):
-        part = local_part(gradient)
+        part = plain_part(gradient)
         moment = torch.addcmul(beta2 * moment, part, part, value=1.0 - beta2)
-        return torch.maximum(local_part(state["max_exp_avg_sq"]), moment).sum(dtype=squares.dtype)
+        return torch.maximum(plain_part(state["max_exp_avg_sq"]), moment).sum(dtype=squares.dtype).to(squares.device)
     total = moment.sum(dtype=torch.promote_types(moment.dtype, torch.float32))
     return beta2 * total.to(squares) + (1.0 - beta2) * squares
 

@@ -82,9 +82,10 @@ class L2NormMonitor(Callback):
         updates: Log how far the weights moved.
         rotation: Log how far the weights turned, and how far they should with the optimizer's own way of decay.
         initial_ratio: Log norms relative to those at the start of training, which are kept in checkpoints.
-        spectra: Log singular values at every so many logged steps.
+        spectra: Log singular values, except of complex weights, at every so many logged steps.
         histograms: Log histograms at every so many logged steps.
-        alarms: When to warn; by default about norms that are not finite. None for never.
+        alarms: When to warn, a `lightning_l2.alarms.NormAlarms`; by default about norms that are not finite. None for
+            never.
 
     Raises:
         ValueError: If an argument is out of its range.

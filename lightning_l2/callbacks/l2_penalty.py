@@ -78,13 +78,13 @@ class L2Penalty(Callback):
         log_objective: bool = False,
         every_n_steps: int | None = None,
     ) -> None:
-        check_types(L2Penalty, locals())
+        self.rules = resolve_rules(rules)
+        check_types(L2Penalty, locals() | {"rules": self.rules})
         if not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "L2Penalty's `weight_decay`")
         if every_n_steps is not None and every_n_steps < 0:
             raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
         self.weight_decay = weight_decay
-        self.rules = resolve_rules(rules)
         self.follow_schedule = follow_schedule
         self.log_objective = log_objective
         self.every_n_steps = every_n_steps

@@ -97,7 +97,8 @@ class NormConstraint(Callback):
         log_each: bool = False,
         name: str = "norm_constraint",
     ) -> None:
-        check_types(NormConstraint, locals())
+        self.rules = resolve_rules(rules)
+        check_types(NormConstraint, locals() | {"rules": self.rules})
         if isinstance(bound, float | int) and not 0 < bound < math.inf:
             raise ValueError(f"Expected `bound` to be positive and finite, got {bound!r}.")
         if method not in ("projection", "lagrangian"):
@@ -120,7 +121,6 @@ class NormConstraint(Callback):
             raise ValueError("NormConstraint needs a `name`, the prefix of its logged keys, but got an empty one.")
         self.method = method
         self.per = per
-        self.rules = resolve_rules(rules)
         self.update_rate = 1.0 if update_rate is None and method == "lagrangian" else update_rate
         self.every_n_steps = every_n_steps
         self.log_each = log_each

@@ -41,7 +41,8 @@ class NormPlots(Callback):
     Raises:
         MisconfigurationException: Before training, if no logger keeps metrics that can be read back, or `dirpath` can't
             be made.
-        ModuleNotFoundError: Before training, if matplotlib is not installed.
+        ModuleNotFoundError: Before training, if matplotlib is not installed, or tensorboard where its files are to be
+            read back.
 
     >>> callback = NormPlots(loss="train_loss")
     """
@@ -62,6 +63,9 @@ class NormPlots(Callback):
                 f"{[type(logger).__name__ for logger in trainer.loggers] or 'no logger'}. "
                 "Add a CSVLogger to the Trainer's loggers, or remove NormPlots."
             )
+        logger = _readable(trainer)[0]
+        if any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__):
+            plots.history.event_accumulator(logger.log_dir)
         if self.dirpath is not None and trainer.is_global_zero:
             _make(Path(self.dirpath))
 
@@ -72,7 +76,11 @@ class NormPlots(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Draw what there is: a training that broke off is worth a look."""
         if trainer.training and trainer.global_step:
-            self._draw(trainer, pl_module)
+            try:
+                self._draw(trainer, pl_module)
+            except Exception as error:
+                # It would hide why the training broke off, and keep the Trainer from cleaning up.
+                rank_zero_warn(f"NormPlots could not draw the training that broke off: {error!r}.")
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_trial(trainer) or not trainer.is_global_zero:

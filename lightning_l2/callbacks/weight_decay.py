@@ -64,8 +64,9 @@ class WeightDecay(Callback):
             hold one value a parameter group.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        MisconfigurationException: Before the first step, if the optimizer can't take it.
+        ValueError: If an argument is out of its range; before the first step, if rules don't fit the module, or ask for
+            what the optimizer or a learning-rate scheduler can't take.
+        MisconfigurationException: Before the first step, if there is nothing to decay, or no way to.
 
     Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, 2019.
 
@@ -85,14 +86,14 @@ class WeightDecay(Callback):
         peak_lr: float | Literal["initial"] | None = None,
         lr_scheduler_attributes: dict[str, bool] | None = None,
     ) -> None:
-        check_types(WeightDecay, locals())
+        self.rules = resolve_rules(rules)
+        check_types(WeightDecay, locals() | {"rules": self.rules})
         if weight_decay is not None and not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "WeightDecay's `weight_decay`")
         if summary not in (True, False, "parameters"):
             raise ValueError(f"Expected `summary` to be True, False or 'parameters', got {summary!r}.")
         check_options(apply, before_clipping, peak_lr)
         self.weight_decay = weight_decay
-        self.rules = resolve_rules(rules)
         self.apply = apply
         self.on_resume = on_resume
         self.print_summary = summary

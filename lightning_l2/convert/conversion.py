@@ -48,7 +48,17 @@ class TrainingSetup:
 
 
 class Conversion(ABC):
-    """Become a weight decay once the training is known. Derive a frozen dataclass and define `__call__`."""
+    """Become a weight decay once the training is known. Derive a frozen dataclass and define `__call__`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class PerStep(Conversion):
+        ...     share: float  # of the weights that a step takes
+        ...     def __call__(self, setup):
+        ...         return self.share / setup.lr
+        >>> PerStep(1e-4)(TrainingSetup(lr=1e-3))
+        0.1
+    """
 
     @abstractmethod
     def __call__(self, setup: TrainingSetup) -> float:

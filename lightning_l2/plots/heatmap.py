@@ -31,6 +31,14 @@ def plot_norm_heatmap(
 
     Returns:
         The figure; layers that were not logged at a step are grey there.
+
+    Raises:
+        ValueError: If nothing was logged under `prefix`.
+
+    Example:
+        >>> figure = plot_norm_heatmap({"l2_norm/body": ([0, 50], [1.0, 1.2]), "l2_norm/head": ([0, 50], [3.0, 2.0])})
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['body', 'head']
     """
     curves = curves_of(history, prefix, layers)
     names = list(curves)

@@ -1,4 +1,4 @@
-"""How the weights of each layer are distributed."""
+"""Histograms of the weights of each layer in one picture."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ def plot_histograms(tensors: Mapping[str, torch.Tensor | ArrayLike], *, bins: in
     weights are seen beside many small ones.
 
     Args:
-        tensors: Name -> values of any shape and device, such as `dict(model.named_parameters())`. Of more than 24 an
-            even selection is drawn.
+        tensors: Name -> values of any shape and device, such as `dict(model.named_parameters())`; complex ones are
+            drawn by their real and imaginary parts. Of more than 24 an even selection is drawn.
         bins: Number of bins over the range of a tensor.
         title: Words above the panels.
 
     Raises:
         ValueError: If there is no tensor.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> [axes.get_title(loc="left") for axes in plot_histograms(dict(layer.named_parameters())).axes[:2]]
+        ['weight', 'bias']
     """
     if not tensors:
         raise ValueError("There is no tensor to draw. Expected at least one, such as `dict(model.named_parameters())`.")
@@ -43,13 +48,14 @@ def plot_histograms(tensors: Mapping[str, torch.Tensor | ArrayLike], *, bins: in
     figure.suptitle(": ".join(filter(None, (title, selection))), fontsize=11, fontweight="bold")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, name, label in zip(grid, names, without_common_prefix(names), strict=False):
-        _draw_histogram(axes, torch.as_tensor(tensors[name]).detach().flatten().double().cpu(), label, bins)
+        _draw_histogram(axes, torch.as_tensor(tensors[name]).detach(), label, bins)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     return figure
 
 
 def _draw_histogram(axes: Axes, values: torch.Tensor, label: str, bins: int) -> None:
+    values = (torch.view_as_real(values) if values.is_complex() else values).flatten().double().cpu()
     values = values[values.isfinite()]
     reach = values.abs().max().item() if values.numel() else 0.0
     near_zero = (values.abs() < reach / 100).double().mean().item() if reach else 1.0

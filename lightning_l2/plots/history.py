@@ -6,7 +6,7 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +114,12 @@ def _number(cell: str | None) -> float | None:
         return None
 
 
-def _read_tensorboard(path: Path) -> dict[str, dict[int, float]]:
+def event_accumulator(path: str | Path) -> Any:
+    """Return TensorBoard's class that reads its event files.
+
+    Raises:
+        ModuleNotFoundError: If tensorboard is not installed; TensorBoardLogger can also write by tensorboardX.
+    """
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ModuleNotFoundError as error:
@@ -122,7 +127,11 @@ def _read_tensorboard(path: Path) -> dict[str, dict[int, float]]:
             f"'{path}' holds TensorBoard events, and tensorboard, which reads them, is not installed. "
             "Install it with `pip install tensorboard`, or log with a CSVLogger."
         ) from error
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    return EventAccumulator
+
+
+def _read_tensorboard(path: Path) -> dict[str, dict[int, float]]:
+    events = event_accumulator(path)(str(path), size_guidance={"scalars": 0}).Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 

@@ -108,8 +108,7 @@ def _parse(kind: object, value: object) -> Any:
         from jsonargparse import ArgumentParser
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before jsonargparse 4.49
     try:
-        return instantiate(parser.parse_object({"value": value})).value
+        return parser.instantiate(parser.parse_object({"value": value})).value
     except ArgumentError as error:
         raise ValueError(str(error)) from error

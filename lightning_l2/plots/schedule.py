@@ -1,4 +1,4 @@
-"""Weight decay over a training that has not begun."""
+"""The picture of a schedule, before any training."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import final
 
@@ -95,25 +96,27 @@ class CosineRestartsSchedule(Schedule):
         check_cycles(self, self.cycles)
         check_positive(self, growth=self.growth)
         with suppress(OverflowError):
-            edges = self._edges()
-            if all(left < right for left, right in pairwise(edges)):
+            if all(left < right for left, right in pairwise(_edges(self.cycles, self.growth))):
                 return
         raise ValueError(
             f"CosineRestartsSchedule needs a `growth` that leaves each of {self.cycles} cycles a share of the "
             f"training, but got {self.growth}. Bring it nearer to 1, or take fewer cycles."
         )
 
-    def _edges(self) -> list[float]:
-        # As quotients of sums, edges meet the progress of a step that falls on them, which a running sum would miss.
-        lengths = [self.growth**cycle for cycle in range(self.cycles)]
-        return [math.fsum(lengths[:cycle]) / math.fsum(lengths) for cycle in range(self.cycles + 1)]
-
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
-        edges = self._edges()
+        edges = _edges(self.cycles, self.growth)
         cycle = min(bisect_right(edges, check_progress(progress)), self.cycles) - 1
         phase = (progress - edges[cycle]) / (edges[cycle + 1] - edges[cycle])
         return blend(self.start, self.end, cosine_weight(phase))
+
+
+@lru_cache(maxsize=16)  # asked in each step, and many cycles take milliseconds
+def _edges(cycles: int, growth: float) -> list[float]:
+    """Return the progress at which each cycle begins, and 1."""
+    # As quotients of sums, edges meet the progress of a step that falls on them, which a running sum would miss.
+    lengths = [growth**cycle for cycle in range(cycles)]
+    return [math.fsum(lengths[:cycle]) / math.fsum(lengths) for cycle in range(cycles + 1)]
 
 
 @final

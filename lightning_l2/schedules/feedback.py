@@ -34,6 +34,19 @@ class FeedbackSchedule(ABC):
         reads: what has to be known before a call: the learning rate of the coming step ("lr", asked for any number of
             times a step), its unscaled gradients ("gradients", once a step), or a metric ("metric", once for each
             value; its name is the attribute `monitor`)
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class WhileLossAbove(FeedbackSchedule):
+        ...     limit: float
+        ...     monitor: str = "val_loss"
+        ...     reads: ClassVar = "metric"
+        ...     def check(self, optimizer): ...
+        ...     def multipliers(self, optimizer, metrics, state):
+        ...         return [float(metrics[self.monitor] > self.limit)] * len(optimizer.param_groups)
+        >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
+        >>> WhileLossAbove(0.5).multipliers(optimizer, {"val_loss": 0.7}, {})
+        [1.0]
     """
 
     reads: ClassVar[Literal["lr", "gradients", "metric"]]
@@ -180,26 +193,39 @@ class LRSchedule(FeedbackSchedule):
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""
-        for index, group in enumerate(optimizer.param_groups):
-            if group.get("lr") is None:
-                raise ValueError(
-                    f"{type(self).__name__} reads the learning rate of each parameter group, but group {index} of "
-                    f"{type(optimizer).__name__} has no `lr`. All torch optimizers have one."
-                )
+        check_learning_rates(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
         """Return `lr / max_lr` of each group; an `lr` that is a tensor on an accelerator costs a transfer."""
-        return [
-            self._ratio(group, f"max_lr/{group.get('name', index)}", state)
-            for index, group in enumerate(optimizer.param_groups)
-        ]
+        return relative_learning_rates(optimizer, self.max_lr, state)
 
-    def _ratio(self, group: Mapping[str, Any], key: str, state: dict[str, Any]) -> float:
-        lr = float(group["lr"])
+
+def relative_learning_rates(optimizer: OptimizerLike, max_lr: float | None, state: dict[str, Any]) -> list[float]:
+    """Return `lr / max_lr` of each group; without a `max_lr` its peak is what is known of the group, see `LRSchedule`.
+
+    Args:
+        optimizer: the optimizer whose groups are asked for
+        max_lr: peak of the learning rate, or None
+        state: keeps the largest learning rate that each group has had
+    """
+    ratios = []
+    for index, group in enumerate(optimizer.param_groups):
+        lr, key = float(group["lr"]), f"max_lr/{group.get('name', index)}"
         known = [float(group[name]) for name in ("max_lr", "initial_lr") if name in group]
         state[key] = max([lr, state.get(key, 0.0), *known])
-        max_lr = state[key] if self.max_lr is None else self.max_lr
-        return lr / max_lr if max_lr > 0.0 else 0.0
+        peak = state[key] if max_lr is None else max_lr
+        ratios.append(lr / peak if peak > 0.0 else 0.0)
+    return ratios
+
+
+def check_learning_rates(schedule: object, optimizer: OptimizerLike) -> None:
+    """Raise a `ValueError` for a group that has no learning rate."""
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("lr") is None:
+            raise ValueError(
+                f"{type(schedule).__name__} reads the learning rate of each parameter group, but group {index} of "
+                f"{type(optimizer).__name__} has no `lr`. All torch optimizers have one."
+            )
 
 
 def check_choice(schedule: object, name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The public function."""
+"""`search_weight_decay`: a search for lambda as one function call."""
 
 from __future__ import annotations
 

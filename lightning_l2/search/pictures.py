@@ -76,11 +76,8 @@ def plot_curves(result: SearchResult) -> Figure:
         for trial, curve in zip(trials, curves[name], strict=True):
             line = ":" if trial.state == "pruned" else "-"
             width = 3.5 if trial.number == suggested else 1.5
-            style: dict[str, Any] = {
-                "color": colours(scale(trial.weight_decay)),
-                "marker": "o" if len(curve) == 1 else None,
-            }
-            axes.plot(range(1, len(curve) + 1), curve, line, linewidth=width, **style)
+            marker, colour = "o" if len(curve) == 1 else None, colours(scale(trial.weight_decay))
+            axes.plot(range(1, len(curve) + 1), curve, line, linewidth=width, marker=marker, color=colour)
     _choose_scale(panels[0], [value for several in curves.values() for curve in several for value in curve])
     figure.colorbar(ScalarMappable(scale, colours), ax=panels, label="lambda (weight decay)")
     legend = [Line2D([], [], color=GREY, linewidth=3.5, label=f"suggested: {result.weight_decay:.3g}")]

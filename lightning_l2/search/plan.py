@@ -145,12 +145,13 @@ class SearchPlan:
         inside = self.low < self.first < self.high
         first = self.first if inside else math.sqrt(self.low * self.high)
         intervals = max(min(self.trials, 3), self.trials // 2) - 1
-        below = math.log(first / self.low) / math.log(self.high / self.low)
-        left = min(max(math.ceil(intervals * below - 0.5), 1), max(intervals - 1, 0))
+        share_below = math.log(first / self.low) / math.log(self.high / self.low)
+        # in proportion, but at least one on each side where there are two
+        below = min(max(math.ceil(intervals * share_below - 0.5), 1), max(intervals - 1, 0))
         values = [
             first,
-            *Range(self.low, first).points(left + 1)[:-1],
-            *Range(first, self.high).points(intervals - left + 1)[1:],
+            *Range(self.low, first).points(below + 1)[:-1],
+            *Range(first, self.high).points(intervals - below + 1)[1:],
         ]
         return [{"weight_decay": value} for value in values[: self.trials]]
 

@@ -1,4 +1,4 @@
-"""Which trainings are hopeless."""
+"""Stop trainings early that are worse than most of the complete ones, by more than the noise between seeds."""
 
 from __future__ import annotations
 

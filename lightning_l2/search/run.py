@@ -1,4 +1,4 @@
-"""What a fit function gets, and what is made of what it returns."""
+"""`TrialRun`, which a fit function is given, and the record that is made of what it returns."""
 
 from __future__ import annotations
 

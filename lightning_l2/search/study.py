@@ -166,9 +166,7 @@ def _train_seeds(
 ) -> tuple[str | None, bool]:
     """Return why the trial failed, or None, and whether it was stopped as hopeless."""
     place = trial.user_attrs["place"]
-    trial.study.sampler = make_sampler(plan, place)
-    weight_decay = trial.suggest_float("weight_decay", plan.low, plan.high, log=True)
-    others = {name: trial.suggest_float(name, item.low, item.high, log=item.log) for name, item in plan.also.items()}
+    weight_decay, others = _sample(trial, plan)
     runs = list(trial.user_attrs.get("runs", []))
     stopped: list[int] = []
 
@@ -197,6 +195,13 @@ def _train_seeds(
         if stopped:
             return None, True
     return None, False
+
+
+def _sample(trial: optuna.Trial, plan: SearchPlan) -> tuple[float, dict[str, float]]:
+    """Return the lambda of a trial, and what is searched jointly."""
+    trial.study.sampler = make_sampler(plan, trial.user_attrs["place"])
+    weight_decay = trial.suggest_float("weight_decay", plan.low, plan.high, log=True)
+    return weight_decay, {n: trial.suggest_float(n, r.low, r.high, log=r.log) for n, r in plan.also.items()}
 
 
 def _any_complete(study: optuna.Study) -> bool:

@@ -1,4 +1,4 @@
-"""Where a Trainer's lambda comes from."""
+"""Find where a Trainer's lambda comes from, and set it there."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_l2.both_packages import derive_from_both
 from lightning_l2.norms import squared_norms
 from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.search.run import Fit, Outcome, TrialRun
@@ -89,6 +90,9 @@ class TrainingRecorder(Checkpoint):
             curves.setdefault(name, [value])[-1] = value
         check_monitored(trainer, self._monitor, curves)
         return curves if self.l2_norm is None else {**curves, "l2_norm": self.l2_norm}
+
+
+derive_from_both(TrainingRecorder, "Checkpoint")
 
 
 def scalars(trainer: pl.Trainer) -> dict[str, float]:

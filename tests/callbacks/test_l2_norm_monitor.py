@@ -320,6 +320,34 @@ def test_histograms_reach_weights_and_biases(monkeypatch: pytest.MonkeyPatch) ->
     assert (sum(counts), len(counts), len(edges)) == (16, 64, 65)
 
 
+class TakesHistograms(Rows):
+    """Takes histograms as TensorBoard's logger does, and keeps how many weights each counts."""
+
+    @property
+    def experiment(self) -> Any:
+        return types.SimpleNamespace(add_histogram_raw=self.add_histogram_raw)
+
+    def add_histogram_raw(self, key: str, *, num: float, global_step: int, **_: Any) -> None:
+        self.rows.setdefault(global_step, {})[key] = num
+
+
+def test_complex_weights() -> None:
+    class Complex(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixing = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 0.1 * self.mixing.abs().square().sum()
+
+    model, logger = Complex(), TakesHistograms()
+    norm = model.mixing.detach().abs().square().sum().sqrt().item()
+    make_trainer([L2NormMonitor(**EVERYTHING)], logger=logger, log_every_n_steps=1).fit(model, data())
+    assert logger.rows[0]["l2_norm/mixing"] == pytest.approx(norm)
+    assert logger.rows[0]["weights/mixing"] == 32
+    assert "spectral_norm/mixing" not in logger.rows[0]
+
+
 def test_loggers_without_histograms_get_none() -> None:
     rows, _, _ = fit(L2NormMonitor(histograms=1))
     assert not any(key.startswith("weights/") for row in rows.rows.values() for key in row)
@@ -381,6 +409,11 @@ def test_top_k() -> None:
 
     rows, _, _ = fit(L2NormMonitor(per="parameter", top_k=1, updates=True), Moving())
     assert all(labels(row) == labels(row, "update_norm") == {"head.weight"} for row in rows.rows.values())
+    logger = TakesHistograms()
+    fit(L2NormMonitor(per="parameter", top_k=1, spectra=1, histograms=1), Moving(), logger=logger)
+    assert all(
+        labels(row, "weights") == labels(row, "spectral_norm") == {"head.weight"} for row in logger.rows.values()
+    )
     rows, _, _ = fit(L2NormMonitor(per="parameter", top_k=1, top_k_by="change"), Moving())
     assert all(labels(rows.rows[step]) == {"body.1.weight"} for step in range(1, 8))
 
@@ -423,14 +456,6 @@ def test_totals_can_be_monitored_before_any_step_is_logged(tmp_path: Path) -> No
     assert trainer.callback_metrics["l2_norm/total"] == pytest.approx(vector(saved.before[0]).norm().item(), rel=1e-6)
     totals = {"l2_norm/total", "l2_penalty/total", "grad_norm/total", "update_norm/total", "update_ratio/total"}
     assert totals <= set(trainer.callback_metrics)
-
-
-def test_validation_within_the_first_accumulation_window_finds_the_totals() -> None:
-    stopping = EarlyStopping("l2_norm/total", patience=100, check_on_train_epoch_end=False)
-    options = {"accumulate_grad_batches": 4, "val_check_interval": 1, "num_sanity_val_steps": 0}
-    trainer = make_trainer([L2NormMonitor(), stopping], **options)
-    trainer.fit(Net(), data(), data(samples=4))
-    assert stopping.best_score > 0
 
 
 class Transfers(TorchDispatchMode):

@@ -454,8 +454,7 @@ callback:
 
 
 def instantiated(parser: ArgumentParser, config: Any) -> NormConstraint:
-    # jsonargparse 4.49 renamed the method and made the old name warn.
-    return getattr(parser, "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes")(config).callback
+    return parser.instantiate(config).callback
 
 
 def test_yaml() -> None:

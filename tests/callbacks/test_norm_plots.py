@@ -66,12 +66,10 @@ def test_pictures_lie_beside_the_metrics(tmp_path) -> None:
 def test_layers_stand_in_the_order_of_the_network(tmp_path, monkeypatch) -> None:
     """A CSV file knows its columns by the alphabet only."""
     drawn = []
-    monkeypatch.setattr("lightning_l2.plots.plot_norms", lambda history, layers: drawn.append(layers))
-    monkeypatch.setattr("lightning_l2.plots.plot_norm_heatmap", lambda history, layers: drawn.append(layers))
-    trainer = make_trainer(monitored(NormPlots()), logger=CSVLogger(tmp_path), log_every_n_steps=1)
-    with pytest.raises(AttributeError):  # None is no figure
-        trainer.fit(Net(), data())
-    assert drawn
+    for name in ("plot_norms", "plot_norm_heatmap"):
+        monkeypatch.setattr(plots, name, lambda history, layers: drawn.append(layers) or plots.style.new_figure(1, 1))
+    make_trainer(monitored(NormPlots()), logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(Net(), data())
+    assert len(drawn) == 2
     body, head = ("body.0", "body.0.weight", "body.0.bias", "body.1", "body.1.weight"), ("head", "head.weight")
     for layers in drawn:
         assert [name for name in layers if name in (*body, *head)] == [*body, *head]
@@ -107,6 +105,14 @@ def test_a_missing_matplotlib_is_an_error_before_the_training(tmp_path, monkeypa
         make_trainer([NormPlots()], logger=CSVLogger(tmp_path)).fit(Net(), data())
 
 
+def test_a_missing_tensorboard_is_an_error_before_the_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    trainer = make_trainer([NormPlots()], logger=TensorBoardLogger(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match=r"Install it with `pip install tensorboard`"):
+        trainer.fit(Net(), data())
+    assert trainer.global_step == 0
+
+
 def test_a_trial_run_leaves_no_pictures(tmp_path) -> None:
     make_trainer([NormPlots()], logger=CSVLogger(tmp_path), fast_dev_run=True).fit(Net(), data())
     assert not pictures(tmp_path)
@@ -138,11 +144,19 @@ def test_a_directory_that_cannot_be_made_is_refused_before_training(tmp_path) ->
     assert trainer.global_step == 0
 
 
-def test_a_training_that_breaks_off_is_drawn(tmp_path) -> None:
-    class Breaking(LoggedNet):
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return super().training_step(batch, batch_idx) if batch_idx < 2 else 1 / 0
+class Breaking(LoggedNet):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) if batch_idx < 2 else 1 / 0
 
+
+def test_a_picture_that_fails_does_not_hide_why_a_training_broke_off(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(plots, "plot_norms", lambda history, layers: None)  # None is no figure
+    trainer = make_trainer([NormPlots(), L2NormMonitor(per="total")], logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match=r"could not draw .* AttributeError"):
+        trainer.fit(Breaking(), data())
+
+
+def test_a_training_that_breaks_off_is_drawn(tmp_path) -> None:
     trainer = make_trainer([NormPlots(), L2NormMonitor(per="total")], logger=CSVLogger(tmp_path), log_every_n_steps=1)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(Breaking(), data())

@@ -1,6 +1,7 @@
 """The search on Trainers."""
 
 import functools
+import importlib
 import math
 from typing import Any
 
@@ -141,6 +142,33 @@ def test_a_metric_that_never_appears() -> None:
         "The metric monitor='val_acc' never appeared in a training. Those that did: epoch_squared, train_loss, "
         "train_loss_epoch, val_loss. Give one of them as monitor, or log it with `self.log`."
     )
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_metrics_that_the_module_logs_when_an_epoch_ends_belong_to_it(package: str) -> None:
+    other: Any = importlib.import_module(package)
+
+    class Late(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def training_step(self, batch: Any) -> Tensor:
+            return self.layer(batch[0]).square().mean()
+
+        def on_train_epoch_end(self) -> None:
+            self.log("late", float(self.current_epoch))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=0.1)
+
+    def make(weight_decay: float) -> Any:
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = other.Trainer(max_epochs=3, accelerator="cpu", **quiet)
+        return trainer, Late(), DataLoader(TensorDataset(torch.ones(4, 2)))
+
+    result = search_weight_decay(make, monitor="late", trials=1, seeds=1, progress=False)
+    assert result.best.runs[0].curves["late"] == [0.0, 1.0, 2.0]
 
 
 def test_a_metric_that_comes_late_is_warned_of_in_vain() -> None:
