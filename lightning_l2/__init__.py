@@ -5,10 +5,10 @@ from lightning_l2.callbacks.l2_penalty import L2Penalty
 from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.norm_plots import NormPlots
 from lightning_l2.callbacks.weight_decay import WeightDecay
-from lightning_l2.callbacks.weight_decay_finder import WeightDecayFinder
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.decay_rule import DecayRule
 from lightning_l2.mixin import WeightDecayMixin
+from lightning_l2.param_groups.decay_groups import weight_decay_in_force
 from lightning_l2.rules import assign_rules, decay_param_groups
 from lightning_l2.search import search_weight_decay
 
@@ -19,11 +19,11 @@ __all__ = [
     "NormConstraint",
     "NormPlots",
     "WeightDecay",
-    "WeightDecayFinder",
     "WeightDecayMixin",
     "WeightDecayScheduler",
     "assign_rules",
     "decay_param_groups",
     "search_weight_decay",
+    "weight_decay_in_force",
 ]
 __version__ = "0.1.0"

@@ -27,7 +27,10 @@ def derive_from_both(callback: type, base: str = "Callback") -> None:
         base: the base class's name in `pytorch_lightning.callbacks`.
     """
     if OTHER in sys.modules:
-        callback.__bases__ = (*callback.__bases__, getattr(sys.modules[OTHER].callbacks, base))
+        other = getattr(getattr(sys.modules[OTHER], "callbacks", None), base, None)
+        # a program may have one package stand for the other, or put something else in its place
+        if isinstance(other, type) and other not in callback.__mro__:
+            callback.__bases__ = (*callback.__bases__, other)
     else:
         sys.meta_path.insert(0, _OnImport(callback, base))
 

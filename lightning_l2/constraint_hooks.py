@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from lightning_l2.constrained_vectors import ConstrainedVectors
 from lightning_l2.constraints import constrain_, lagrangian_multipliers
+from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 Memory = dict[str, dict[str, float]]
 
 
-class AttachedConstraint:
+class AttachedConstraint(StepHook):
     """A constraint that acts right after each step of an optimizer, whoever makes it, on the parameters it then has.
 
     Args:
@@ -35,14 +37,10 @@ class AttachedConstraint:
         update_rate: Scale of the multipliers' rates; None: project.
         memory: What bounds and multipliers remember, by parameter name and quantity; read where parameters are new,
             written by `memorise`. A group shares its memory among its parameters, and takes that of its first.
-        label: What to put before the label of a group without a name.
         shards: The process group that FSDP1 has spread a parameter over, by the parameter's `id`.
 
-    Attributes:
-        is_paused: Whether steps are left alone, as those that torch.distributed makes to take an optimizer's state.
-
     Raises:
-        RuntimeError: If the optimizer has no step hooks.
+        TypeError: If the optimizer has no step hooks.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -55,6 +53,8 @@ class AttachedConstraint:
         True
     """
 
+    turn = Turn.CONSTRAINT
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -64,47 +64,40 @@ class AttachedConstraint:
         per: Per = "parameter",
         update_rate: float | None = None,
         memory: Memory | None = None,
-        label: str = "",
         shards: Mapping[int, ProcessGroup] | None = None,
     ) -> None:
-        if not callable(getattr(optimizer, "register_step_post_hook", None)):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} has no step hooks (`register_step_post_hook`), which a norm constraint "
-                "needs. Derive it from torch.optim.Optimizer."
-            )
-        self.is_paused = False
-        self._optimizer = optimizer
+        super().__init__(optimizer, "NormConstraint")
         self._names = names
         self._bound = bound
         self._per: Per = per
         self._update_rate = update_rate
         self._memory = memory if memory is not None else {}
-        self._label = label
         self._shards = shards or {}
-        self._layout: list[tuple[list[int], list[bool]]] | None = None
+        self._layout: tuple[int, list[bool]] | None = None
         self._vectors: ConstrainedVectors | None = None
         self._members: list[list[str]] = []
         self._state: State = {}
         self.labels: list[str] = []
         # the state that the last step was constrained with, and the squared norms before it was
         self._last: tuple[State, Tensor] | None = None
-        self._handle = optimizer.register_step_post_hook(self._on_stepped)
 
     def remove(self) -> None:
-        """Take the hook off the optimizer."""
-        self._handle.remove()
+        """Take it off the optimizer, and write down what it remembers."""
+        self.memorise()
+        super().remove()
 
     def prepare(self) -> None:
         """Look up what there is to constrain, before a step moves it."""
-        groups = [group["params"] for group in self._optimizer.param_groups]
-        layout = [(list(map(id, tensors)), [tensor.requires_grad for tensor in tensors]) for tensors in groups]
+        known = decay_groups(self.optimizer)
+        layout = known.current_version(), [p.requires_grad for group in known.unnamed() for p in group.params]
         if layout == self._layout:
             return
         names = self._names()
         if names:
             self.memorise()
             constrained = [
-                [tensor for tensor in group if names.get(tensor) and tensor.requires_grad] for group in groups
+                (group.name, [tensor for tensor in group.params if names.get(tensor) and tensor.requires_grad])
+                for group in known.groups
             ]
             self._take_up(constrained, names)
             self._layout = layout
@@ -141,13 +134,12 @@ class AttachedConstraint:
         """Whether it is still open what there is to constrain."""
         return self._layout is None
 
-    def _on_stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.is_paused:
-            return
+    def after_update(self) -> None:
+        """Constrain what there is to constrain."""
         self.prepare()
         if self._vectors is not None and self.labels:
             # A fused optimizer is called even where the gradient scaler found an infinity, and skips the step itself.
-            found_inf = getattr(optimizer, "found_inf", None)
+            found_inf = getattr(self.optimizer, "found_inf", None)
             stepped = None if found_inf is None else (found_inf == 0).reshape(())
             before = self._state
             self._state, squares = constrain_(
@@ -155,24 +147,21 @@ class AttachedConstraint:
             )
             self._last = before, squares
 
-    def _take_up(self, groups: list[list[Tensor]], names: Mapping[Tensor, str | None]) -> None:
+    def _take_up(self, groups: list[tuple[str, list[Tensor]]], names: Mapping[Tensor, str | None]) -> None:
         """Begin to constrain other parameters than before."""
-        tensors = [tensor for group in groups for tensor in group]
+        tensors = [tensor for _, group in groups for tensor in group]
         shards = [self._shards.get(id(tensor)) for tensor in tensors]
         every = [names[tensor] or "" for tensor in tensors]
         _check_whole(tensors, every, self._per == "row" and any(shards))
         self._members, self.labels, counts = [[name] for name in every], every, None
         if self._per == "group":
-            self._members = [[names[tensor] or "" for tensor in group] for group in groups if group]
-            self.labels = [self._group_label(index) for index, group in enumerate(groups) if group]
+            self._members = [[names[tensor] or "" for tensor in group] for _, group in groups if group]
+            self.labels = [label for label, group in groups if group]
             counts = [len(members) for members in self._members]
         self._vectors = ConstrainedVectors(tensors, self._per, counts, shards if any(shards) else None)
         self._state, self._last = {}, None
         if tensors and self._per != "row":
             self._state = self._start(self._vectors)
-
-    def _group_label(self, index: int) -> str:
-        return str(self._optimizer.param_groups[index].get("name", f"{self._label}group{index}"))
 
     def _start(self, vectors: ConstrainedVectors) -> State:
         """Return the state before the first step of each vector, or the one remembered of it."""

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_l2.norms import squared_norms
-from lightning_l2.param_groups import weight_decay_in_force
+from lightning_l2.optimizers.inner import updating_optimizers
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.sharding import flat_shards, is_flat_piece
 
 Statistic: TypeAlias = Literal["last", "mean", "min", "max", "std"]
@@ -57,8 +58,11 @@ def l2_penalty(param_groups: Optimizer | Iterable[Mapping[str, Any]]) -> Tensor:
     >>> l2_penalty([{"params": [torch.tensor([3.0, 4.0])], "weight_decay": 0.1}])
     tensor(1.2500, dtype=torch.float64)
     """
-    dicts = param_groups.param_groups if isinstance(param_groups, Optimizer) else param_groups
-    groups = [(weight_decay_in_force(group), list(group["params"])) for group in dicts]
+    if isinstance(param_groups, Optimizer):
+        parts = [part for one in updating_optimizers(param_groups) for part in decay_groups(one).unnamed()]
+        groups = [(float(part.weight_decay), part.params) for part in parts]
+    else:
+        groups = [(float(group.get("weight_decay", 0.0)), list(group["params"])) for group in param_groups]
     tensors = [parameter for _, parameters in groups for parameter in parameters]
     _check_whole(tensors, "Use L2NormMonitor, which logs the penalty, or FSDP2.")
     squares = squared_norms(tensors)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.norms import squared_norms
@@ -11,7 +15,7 @@ from lightning_l2.rules import decay_param_groups, resolve_rules, rules_by_param
 from lightning_l2.sharding import flat_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     import lightning.pytorch as pl
     from torch import Tensor, nn
@@ -26,12 +30,77 @@ else:
 
 
 class ModuleWeightDecay(WeightDecay):
-    """The callback that a module brings; a Trainer's own WeightDecay goes before it."""
+    """The callback that a module brings, for that module only; a Trainer's own WeightDecay goes before it.
+
+    Attributes:
+        bases: The base weight decay of parameters that `decay_param_groups` has grouped, by their `id`.
+    """
+
+    def __init__(self, module: pl.LightningModule, weight_decay: float | Conversion | None, *, rules: Rules) -> None:
+        super().__init__(weight_decay, rules=list(resolve_rules(rules)))
+        self.serve(module)
+
+    def serve(self, module: pl.LightningModule) -> None:
+        """Belong to a module, until another one comes that would bring the same."""
+        self._module = weakref.ref(module)
+        self.bases: dict[int, float] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stay out of a fit of another module."""
+        if self._serves(pl_module):
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stay out of a fit of another module."""
+        if self._serves(pl_module):
+            super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stay out of a fit of another module."""
+        if self._serves(pl_module):
+            super().on_train_start(trainer, pl_module)
+
+    def _serves(self, pl_module: pl.LightningModule) -> bool:
+        return self._module is not None and self._module() is pl_module
+
+    def _base(self, trainer: pl.Trainer) -> Any:
+        base = super()._base(trainer)
+
+        def of_group(group: Mapping[str, Any]) -> float | None:
+            own = next((self.bases[id(p)] for p in group["params"] if id(p) in self.bases), None)
+            return own if own is not None else base(group) if callable(base) else base
+
+        return of_group if self.bases else base
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the callback starts with."""
+        return {**super().__getstate__(), "_module": None}
 
     @property
     def state_key(self) -> str:
         """Share checkpoints with a WeightDecay that is given to the Trainer."""
         return WeightDecay.__qualname__
+
+
+def _told(configure_callbacks: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let an override that doesn't call `super()` say that the module then decays nothing."""
+
+    @functools.wraps(configure_callbacks)
+    def configure_and_tell(module: Any) -> Any:
+        module._has_brought_weight_decay = False
+        configured = configure_callbacks(module)
+        several = configured if isinstance(configured, Sequence) else [configured]
+        has_one = any(isinstance(found, WeightDecay) for found in (*several, *module._trainer_callbacks()))
+        if not module._has_brought_weight_decay and not has_one and module.decay_rules is not None:
+            rank_zero_warn(
+                f"{type(module).__name__}.configure_callbacks does not call super().configure_callbacks(), so "
+                "WeightDecayMixin attaches no WeightDecay. Return [*super().configure_callbacks(), ...], or set "
+                "decay_rules = None."
+            )
+            module._has_brought_weight_decay = True
+        return configured
+
+    return configure_and_tell
 
 
 class WeightDecayMixin(LightningModule):
@@ -72,18 +141,24 @@ class WeightDecayMixin(LightningModule):
                 f"{cls.__name__} has WeightDecayMixin after LightningModule, where it does nothing. "
                 f"Write class {cls.__name__}(WeightDecayMixin, LightningModule)."
             )
+        own = vars(cls).get("configure_callbacks")
+        if own is not None:
+            cls.configure_callbacks = _told(own)  # type: ignore[method-assign]
 
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         """Add a `WeightDecay` to the module's callbacks; here, since Lightning asks for them before each fit."""
+        self._has_brought_weight_decay = True
         configured = super().configure_callbacks()
         callbacks = list(configured or ()) if isinstance(configured, Sequence | None) else [configured]
         present = [found for found in (*callbacks, *self._trainer_callbacks()) if isinstance(found, WeightDecay)]
         if self.decay_rules is None or any(not isinstance(callback, ModuleWeightDecay) for callback in present):
             return callbacks
         rules = resolve_rules(self.decay_rules)
-        if any((found.rules, found.weight_decay) == (rules, self.weight_decay) for found in present):
-            return callbacks
-        return [*callbacks, ModuleWeightDecay(self.weight_decay, rules=list(rules))]
+        for found in present:
+            if (found.rules, found.weight_decay) == (rules, self.weight_decay):
+                found.serve(self)
+                return callbacks
+        return [*callbacks, ModuleWeightDecay(self, self.weight_decay, rules=rules)]
 
     def decay_param_groups(
         self, weight_decay: float | None = None, parameters: Iterable[nn.Parameter] | None = None
@@ -98,16 +173,16 @@ class WeightDecayMixin(LightningModule):
             ValueError: If there is no base weight decay.
         """
         base = self._base(weight_decay)
+        groups = decay_param_groups(self, base, self._rules(), self._outermost())
+        if parameters is not None:
+            wanted = {id(parameter) for parameter in parameters}
+            chosen = [{**group, "params": [p for p in group["params"] if id(p) in wanted]} for group in groups]
+            groups = [group for group in chosen if group["params"]]
         for callback in self._trainer_callbacks():
             if isinstance(callback, ModuleWeightDecay):
                 # its rules then give each group the weight decay it has here, not a multiple of that
-                callback.weight_decay = base
-        groups = decay_param_groups(self, base, self._rules(), self._outermost())
-        if parameters is None:
-            return groups
-        wanted = {id(parameter) for parameter in parameters}
-        chosen = [{**group, "params": [p for p in group["params"] if id(p) in wanted]} for group in groups]
-        return [group for group in chosen if group["params"]]
+                callback.bases |= {id(parameter): base for group in groups for parameter in group["params"]}
+        return groups
 
     def l2_norm(self) -> Tensor:
         r"""Return the L2 norm of all trainable parameters, \(\|w\|_2\).

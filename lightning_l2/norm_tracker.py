@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_l2.norm_report import NormReport, Observed
+from lightning_l2.optimizers.inner import is_hookable
+from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.reading import Reading
 from lightning_l2.sharding import show_shards
 from lightning_l2.watching import Watched, regroup, signature, watch
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
 
     from lightning_l2.norm_options import NormOptions
 
@@ -29,6 +29,7 @@ class NormTracker:
 
     Attributes:
         seen: For the caller: the label of the last step that began, None at first.
+        has_updated: Whether an optimizer has updated since a step began.
     """
 
     def __init__(self, options: NormOptions, initial: dict[str, float]) -> None:
@@ -37,11 +38,13 @@ class NormTracker:
         self._initial = initial
         self._report = NormReport(options, initial)
         self._reading: Reading | None = None
+        self.has_updated = False
         self._watched: Watched | None = None
         self._parameters: list[nn.Parameter] = []
         self._signature: tuple[object, ...] = ()
         self._groups: tuple[object, ...] = ()
-        self._handles: list[RemovableHandle] = []
+        self._optimizers: Sequence[Optimizer] = ()
+        self._hooks: list[_ReadingHook] = []
 
     @property
     def step(self) -> int | None:
@@ -66,6 +69,7 @@ class NormTracker:
             return
         options = self._options
         self._groups = signature((), optimizers)
+        self.has_updated = False
         self._reading = Reading(watched, optimizers, step, rotation=options.rotation)
         self._reading.read_weights(keep=options.keeps_weights)
         if order is not None and options.spectra and order % options.spectra == 0:
@@ -73,9 +77,9 @@ class NormTracker:
         if order is not None and options.histograms and order % options.histograms == 0:
             self._reading.read_histograms()
         for number, optimizer in enumerate(optimizers):
-            if hasattr(optimizer, "register_step_post_hook"):
-                hook = partial(self._on_stepped, number, optimizers)
-                self._handles.append(optimizer.register_step_post_hook(hook))
+            if is_hookable(optimizer):
+                self._hooks.append(_ReadingHook(self, number, optimizer))
+        self._optimizers = optimizers
 
     def before_clipping(self, number: int, optimizer: Optimizer) -> None:
         """Measure the gradients of an optimizer's parameters, complete and not clipped yet."""
@@ -107,13 +111,14 @@ class NormTracker:
     def end(self) -> None:
         """Leave the step, measured or not."""
         self._reading = None
-        while self._handles:
-            self._handles.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
-    def _on_stepped(self, number: int, optimizers: Sequence[Optimizer], optimizer: Optimizer, *_: object) -> None:
+    def after_update(self, number: int, optimizer: Optimizer) -> None:
         """Read what the step went by, which may have changed since its first batch, and its gradients."""
+        self.has_updated = True
         if self._reading is not None:
-            self._read_groups(self._reading, number, optimizers)
+            self._read_groups(self._reading, number, self._optimizers)
             gradients = self._options.gradients
             if gradients == "after_clipping" or (gradients and not self._reading.has_gradients(number)):
                 self._reading.read_gradients(number, optimizer)
@@ -139,3 +144,19 @@ class NormTracker:
                 model, optimizers, per=options.per, depth=options.depth, include=options.include, root=root
             )
         return self._watched
+
+
+class _ReadingHook(StepHook):
+    """Has gradients and groups of one optimizer read in the step that is being measured."""
+
+    turn = Turn.MONITOR
+
+    def __init__(self, tracker: NormTracker, number: int, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, "L2NormMonitor")
+        self._tracker, self._number = tracker, number
+
+    def before_clipping(self) -> None:
+        self._tracker.before_clipping(self._number, self.optimizer)
+
+    def after_update(self) -> None:
+        self._tracker.after_update(self._number, self.optimizer)

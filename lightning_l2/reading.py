@@ -12,7 +12,7 @@ from lightning_l2.histograms import count
 from lightning_l2.inner_products import local_inner_products
 from lightning_l2.memory_layout import plain_part
 from lightning_l2.norms import local_squared_norms
-from lightning_l2.param_groups import weight_decay_in_force
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.rotation import equilibrium_angle, learning_rate, norm_power
 from lightning_l2.sharding import local_part, process_groups, sum_over_shards, whole
 from lightning_l2.spectra import as_matrix, bidiagonal
@@ -94,12 +94,14 @@ class Reading:
         power = norm_power(optimizer) if self._rotation else 1
         self._groups[number] = [
             GroupValues(
-                weight_decay_in_force(group),
-                learning_rate(group) if self._rotation else math.nan,
-                equilibrium_angle(optimizer, group) if self._rotation else None,
+                float(group.weight_decay),
+                learning_rate(group.parent) if self._rotation else math.nan,
+                equilibrium_angle(optimizer, {**group.parent, "weight_decay": float(group.weight_decay)})
+                if self._rotation
+                else None,
                 power,
             )
-            for group in optimizer.param_groups
+            for group in decay_groups(optimizer).unnamed()
         ]
 
     def read_weights(self, keep: bool = False) -> None:

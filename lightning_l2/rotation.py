@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.optimizer_facts import own_way, torch_class
-from lightning_l2.param_groups import weight_decay_in_force
+from lightning_l2.optimizers.facts import own_way, torch_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +71,7 @@ def equilibrium_angle(optimizer: Optimizer, group: Mapping[str, Any]) -> float |
     0.0324
     """
     way, kind = own_way(optimizer), torch_class(optimizer)
-    decayed = 2 * learning_rate(group) * weight_decay_in_force(group)
+    decayed = 2 * learning_rate(group) * float(group.get("weight_decay", 0.0))
     if way == "decoupled" and kind in ("Adam", "AdamW"):
         beta = float(group["betas"][0])
         return math.sqrt(decayed * (1 - beta) / (1 + beta))

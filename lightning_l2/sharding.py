@@ -170,6 +170,15 @@ def is_flat_piece(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's own mark, which has no public name
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a parameter is spread over processes, or a piece of it.
+
+    >>> is_sharded(torch.ones(2))
+    False
+    """
+    return is_flat_piece(tensor) or bool(process_groups(tensor)) or _is_dtensor(tensor)
+
+
 def show_shards(module: nn.Module) -> None:
     """Let a module that FSDP2 sharded have its shards as parameters again; these are what the optimizer has.
 

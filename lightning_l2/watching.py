@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from torch.nn.parameter import is_lazy
 
 from lightning_l2.parameters import clean_name, describe_parameters, is_undecided
-from lightning_l2.sharding import flat_shards, group_members, process_groups
+from lightning_l2.param_groups.decay_groups import decay_groups_of
+from lightning_l2.sharding import flat_shards, group_members, has_flat_pieces, process_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -95,8 +96,7 @@ def watch(
     ('0', '0', '1', '1')
     """
     names = {id(parameter): (clean_name(name), parameter) for name, parameter in model.named_parameters()}
-    groups = [parameters for optimizer in optimizers for parameters in group_members(optimizer)]
-    group_names = unique_group_names(optimizers)
+    groups, group_names = _groups(optimizers)
     for parameters, group_name in zip(groups, group_names, strict=True):
         for index, parameter in enumerate(parameters):
             names.setdefault(id(parameter), (f"{group_name}.{index}", parameter))
@@ -138,9 +138,8 @@ def regroup(
     >>> regroup(watched, [torch.optim.SGD([{"params": [layer.weight], "name": "decay"}])], per="group").layers
     ('decay', None)
     """
-    names = unique_group_names(optimizers)
+    groups, names = _groups(optimizers)
     places = {id(parameter): index for index, parameter in enumerate(watched.parameters)}
-    groups = [parameters for optimizer in optimizers for parameters in group_members(optimizer)]
     members = [tuple(places[id(p)] for p in parameters if id(p) in places) for parameters in groups]
     owner_of = {index: number for number in reversed(range(len(groups))) for index in members[number]}
     owners = [owner_of.get(index) for index in range(len(watched.parameters))]
@@ -177,35 +176,19 @@ def _layer(name: str, group: str | None, per: Per, depth: int | None) -> str | N
     return f"{layer}_" if layer == "total" else layer
 
 
-def unique_group_names(optimizers: Sequence[Optimizer]) -> list[str]:
-    """Return a name for each parameter group of all optimizers: its own, else its number, prefixed to be unique.
-
-    >>> import torch
-    >>> first = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "head"}, {"params": [torch.zeros(1)]}])
-    >>> unique_group_names([first])
-    ['head', 'group1']
-    >>> unique_group_names([first, torch.optim.SGD([torch.zeros(1)])])
-    ['head', 'optimizer0/group1', 'optimizer1/group0']
-    """
-    names = []
-    for number, optimizer in enumerate(optimizers):
-        for index, group in enumerate(optimizer.param_groups):
-            prefix = f"optimizer{number}/" if len(optimizers) > 1 else ""
-            names.append((str(group.get("name") or f"{prefix}group{index}"), f"optimizer{number}/", f"/group{index}"))
-    plain = [name for name, _, _ in names]
-    prefixed = [prefix + name if plain.count(name) > 1 else name for name, prefix, _ in names]
-    unique = [
-        name + suffix if prefixed.count(name) > 1 else name
-        for name, (_, _, suffix) in zip(prefixed, names, strict=True)
-    ]
-    return [f"{name}_" if name == "total" else name for name in unique]
+def _groups(optimizers: Sequence[Optimizer]) -> tuple[list[list[nn.Parameter]], list[str]]:
+    """Return the parameters and the unique name of each part of the optimizers' groups that decays alike."""
+    parts = [(optimizer, one.groups) for optimizer, one in zip(optimizers, decay_groups_of(optimizers), strict=True)]
+    members: list[list[nn.Parameter]] = []
+    for optimizer, groups in parts:
+        # DeepSpeed has put flat pieces in the place of parameters
+        members += group_members(optimizer) if has_flat_pieces(optimizer) else [group.params for group in groups]
+    return members, [group.name for _, groups in parts for group in groups]
 
 
 def signature(model_parameters: Iterable[nn.Parameter], optimizers: Sequence[Optimizer]) -> tuple[object, ...]:
     """Return what tells, cheaply, whether the parameters to watch or their groups have changed."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return (
         tuple(parameter.requires_grad and not is_lazy(parameter) for parameter in model_parameters),
-        tuple(group.get("name") for group in groups),
-        tuple(id(parameter) for group in groups for parameter in group["params"]),
+        tuple((id(one), one.current_version()) for one in decay_groups_of(optimizers)),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -129,6 +130,43 @@ class DecayWatch:
 
     def of(self, name: str) -> list[float]:
         return [step[name] for step in self.steps]
+
+
+def record_rates(module: nn.Module, optimizer: Optimizer) -> list[dict[str, float]]:
+    """The learning rate of each parameter, by name, in every step that the optimizer makes from here on."""
+    rates: list[dict[str, float]] = []
+
+    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        names = {id(p): name for name, p in module.named_parameters()}
+        rates.append(
+            {names[id(p)]: float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if id(p) in names}
+        )
+
+    optimizer.register_step_post_hook(note)
+    return rates
+
+
+class Rows(DummyLogger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.rows.append(dict(metrics))
+
+    def of(self, key: str) -> list[Any]:
+        return [row[key] for row in self.rows if key in row]
+
+
+def plain(value: Any) -> Any:
+    """The value with lists for tensors and arrays, so that ``==`` compares it bit for bit."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def data(samples: int = 32, batch_size: int = 4, inputs: int = 4, outputs: int = 2) -> DataLoader[Any]:

@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2.decay import attach_decay
-from lightning_l2.decay_math import add_decay_gradient, decay_from
-from lightning_l2.optimizer_facts import own_way
+from lightning_l2.decay.arithmetic import add_decay_gradient, decay_from
+from lightning_l2.optimizers.facts import own_way
 from tests.helpers import ACCELERATOR
 
 LAMBDA = 0.3

@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from lightning_l2.adaptive.groups import HEAD, check_pattern, matches
+from lightning_l2.adaptive.groups import HEAD, base_weight_decay, check_pattern, matches
 from lightning_l2.arguments import check_types
-from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
 from lightning_l2.schedules.schedule import blend
 

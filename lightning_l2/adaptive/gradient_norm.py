@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-from lightning_l2.adaptive.groups import check_unflattened
+from lightning_l2.adaptive.groups import base_weight_decay, check_unflattened
 from lightning_l2.arguments import check_types
 from lightning_l2.norms import squared_norms
-from lightning_l2.param_groups import base_weight_decay
 from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
 
 

@@ -18,6 +18,15 @@ def matches(pattern: str | None, group: Mapping[str, Any]) -> bool:
     return pattern is not None and re.search(pattern, str(group.get("rule") or group.get("name", ""))) is not None
 
 
+def base_weight_decay(group: Mapping[str, Any]) -> float:
+    """Return lambda of a group before any schedule.
+
+    >>> base_weight_decay({"weight_decay": 0.02, "initial_weight_decay": 0.01})
+    0.01
+    """
+    return float(group.get("initial_weight_decay", group.get("weight_decay", 0.0)))
+
+
 def check_pattern(schedule: object, name: str, pattern: str | None) -> None:
     """Raise a `ValueError` unless a pattern is a regular expression or None."""
     try:

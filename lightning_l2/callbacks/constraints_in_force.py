@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_l2.optimizers.step_hook import Attachments
+from lightning_l2.param_groups.decay_groups import decay_groups_of
 from lightning_l2.parameters import is_undecided
 from lightning_l2.rules import rules_by_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -52,31 +54,30 @@ class ConstraintsInForce:
     """The constraints that are attached to a training's optimizers.
 
     Args:
-        constraints: One an optimizer.
+        attach: Attaches one to an optimizer.
+        look: As of `Attachments`.
 
     Attributes:
         has_stepped: Whether a step was logged, as the first of a fit is.
     """
 
-    def __init__(self, constraints: Sequence[AttachedConstraint]) -> None:
+    def __init__(
+        self, attach: Callable[[Optimizer], AttachedConstraint], look: Callable[[], Any] | None = None
+    ) -> None:
         self.has_stepped = False
-        self._constraints = constraints
+        self._constraints = Attachments(lambda _, optimizer: attach(optimizer), look)
 
     @property
     def is_undecided(self) -> bool:
         """Whether lazy parameters put off what there is to constrain."""
         return any(constraint.undecided for constraint in self._constraints)
 
-    def prepare(self) -> None:
-        """Look up what there is to constrain, before a step moves it."""
-        self.pause(False)
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Go over to other optimizers, and look up what there is to constrain, before a step moves it."""
+        decay_groups_of(optimizers)
+        self._constraints.follow(optimizers)
         for constraint in self._constraints:
             constraint.prepare()
-
-    def pause(self, is_paused: bool) -> None:
-        """Leave steps alone, or act on them again."""
-        for constraint in self._constraints:
-            constraint.is_paused = is_paused
 
     def memorise(self) -> None:
         """Write down what bounds and multipliers remember."""
@@ -84,9 +85,8 @@ class ConstraintsInForce:
             constraint.memorise()
 
     def remove(self) -> None:
-        """Take the hooks off the optimizers."""
-        for constraint in self._constraints:
-            constraint.remove()
+        """Leave the optimizers alone."""
+        self._constraints.remove()
 
     def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the extremes and the values of each vector, by logged key, in one transfer."""

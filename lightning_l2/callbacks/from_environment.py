@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_l2.callbacks.trainer_access import Callback
+from lightning_l2.callbacks.trainer_access import Callback, callbacks_of_trainer_in_the_making
 from lightning_l2.extras import brought_by
 
 VARIABLE = "LIGHTNING_L2_CONFIG"
@@ -35,12 +35,26 @@ def callbacks_from_environment() -> list[Any]:
         return []
     if not Path(path).is_file():
         raise FileNotFoundError(f"{VARIABLE} names the file {path!r}, which doesn't exist. Correct it or unset it.")
+    leave_out_earlier_ones()
     with brought_by("cli", f"{VARIABLE} needs"):
         from jsonargparse import ArgumentParser
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback], required=True)
     try:
         configuration = parser.parse_path(path)
-        return list(parser.instantiate(configuration).callbacks)
+        callbacks = list(parser.instantiate(configuration).callbacks)
     except Exception as error:
         raise ValueError(f"{VARIABLE}: the file {path!r} can't be read as a list `callbacks`: {error}") from error
+    for callback in callbacks:
+        setattr(callback, _MARK, True)
+    return callbacks
+
+
+# A mark that copies of a callback have, too.
+_MARK = "_is_from_environment"
+
+
+def leave_out_earlier_ones() -> None:
+    """Take ours out of a list of callbacks that has them from another Trainer, as Lightning adds to the user's own."""
+    callbacks = callbacks_of_trainer_in_the_making()
+    callbacks[:] = [callback for callback in callbacks if not hasattr(callback, _MARK)]

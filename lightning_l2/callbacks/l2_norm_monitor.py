@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,16 +12,13 @@ from lightning_l2.alarms import Alarm, NormAlarms
 from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     Callback,
-    bare_optimizer,
-    bare_optimizers,
     ends_step,
-    is_logging_step,
     log_metrics,
     log_step,
     logging_interval,
-    optimizer_number,
+    optimizers_in_use,
     splits_early,
-    unscales_in_step,
+    tell_of_gradients,
 )
 from lightning_l2.histograms import log_histogram, takes_histograms
 from lightning_l2.norm_options import NormOptions
@@ -129,6 +126,8 @@ class L2NormMonitor(Callback):
         )
         # squared norm of each parameter at the start of training, by name
         self._initial: dict[str, float] = {}
+        self._fit: NormTracker | None = None
+        self._late: _Late | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; here, since states are restored after it."""
@@ -147,40 +146,38 @@ class L2NormMonitor(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Measure the weights that the step's first forward pass is about to use."""
+        self._finish_late(trainer)
         tracker, step = self._fit, log_step(trainer)
-        if tracker.seen == step:
+        if tracker is None or tracker.seen == step:
             return
         first, tracker.seen = tracker.seen is None, step
         interval = logging_interval(trainer, self.options.every_n_steps)
         logged = interval > 0 and (step + 1) % interval == 0
         if first or logged:
             order = step // interval if logged else None
-            tracker.begin(step, pl_module, bare_optimizers(trainer), trainer.model, order)
+            tracker.begin(step, pl_module, optimizers_in_use(trainer), trainer.model, order)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the gradients, which are complete and unscaled now and not clipped yet."""
         # A fused optimizer under a gradient scaler unscales in its own step; its gradients are measured after that.
-        if self._fit.step is not None and not unscales_in_step(trainer, optimizer):
-            number = optimizer_number(trainer, optimizer)
-            if number is not None:
-                self._fit.before_clipping(number, bare_optimizer(optimizer))
+        if self._fit is not None and self._fit.step is not None:
+            tell_of_gradients(trainer, optimizer, self)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Log once the step is done."""
-        if self._fit.step is None or not ends_step(trainer):
+        if self._fit is None or self._fit.step is None or not ends_step(trainer):
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        metrics, histograms, alarms = self._fit.observe(loss, trainer.accumulate_grad_batches)
-        logged = metrics if is_logging_step(trainer, self.options.every_n_steps) else {}
-        log_metrics(
-            trainer, logged | {f"norm_alarm/{kind}/{layer}": 1.0 for kind, layer, _ in alarms}, _totals(metrics)
-        )
-        for logger in filter(takes_histograms, trainer.loggers if histograms else ()):
-            for key, histogram in histograms.items():
-                log_histogram(logger, key, histogram, log_step(trainer))
-        self._heed(trainer, alarms)
+        if pl_module.automatic_optimization or self._fit.has_updated:
+            self._finish(trainer, loss)
+        else:
+            self._late = _Late(loss, log_step(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log a step that a module made in its own hook at the last batch's end."""
+        self._finish_late(trainer)
 
     # Not `state_dict`, of which Lightning wants one a Trainer: what monitors know of the start is the same for all.
     def on_save_checkpoint(
@@ -188,13 +185,13 @@ class L2NormMonitor(Callback):
     ) -> None:
         """Keep the norms at the start of training, if anything needs them."""
         if self.options.keeps_initial:
-            checkpoint["callbacks"][self.state_key] = {"initial_squares": dict(self._initial)}
+            checkpoint.setdefault("callbacks", {})[self.state_key] = {"initial_squares": dict(self._initial)}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up the norms at the start of training."""
-        self._initial = dict(checkpoint["callbacks"].get(self.state_key, {}).get("initial_squares", {}))
+        self._initial = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("initial_squares", {}))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have totals ready for callbacks that monitor them, also within the first accumulation window."""
@@ -209,14 +206,35 @@ class L2NormMonitor(Callback):
         """Let go of the model."""
         self._release()
 
+    def _finish_late(self, trainer: pl.Trainer) -> None:
+        late, self._late = self._late, None
+        if late is not None and self._fit is not None and self._fit.step is not None:
+            self._finish(trainer, late.loss, late.step)
+
+    def _finish(self, trainer: pl.Trainer, loss: Any, step: int | None = None) -> None:
+        """Log what the step has shown, under the label of its batch."""
+        if self._fit is None:
+            return
+        step = log_step(trainer) if step is None else step
+        metrics, histograms, alarms = self._fit.observe(loss, trainer.accumulate_grad_batches)
+        interval = logging_interval(trainer, self.options.every_n_steps)
+        logged = metrics if interval > 0 and (step + 1) % interval == 0 else {}
+        raised = {f"norm_alarm/{kind}/{layer}": 1.0 for kind, layer, _ in alarms}
+        log_metrics(trainer, logged | raised, _totals(metrics), step=step)
+        for logger in filter(takes_histograms, trainer.loggers if histograms else ()):
+            for key, histogram in histograms.items():
+                log_histogram(logger, key, histogram, step)
+        self._heed(trainer, alarms, step)
+
     def _release(self) -> None:
+        self._late = None
         if self._fit is not None:
             self._fit.end()
             self._fit = None
 
-    def _heed(self, trainer: pl.Trainer, alarms: list[Alarm]) -> None:
+    def _heed(self, trainer: pl.Trainer, alarms: list[Alarm], step: int) -> None:
         for alarm in alarms:
-            rank_zero_warn(f"At step {log_step(trainer)} {alarm.message}.")
+            rank_zero_warn(f"At step {step} {alarm.message}.")
         # The loss differs from process to process, the decision must not.
         if (
             self.options.alarms is not None
@@ -224,6 +242,13 @@ class L2NormMonitor(Callback):
             and trainer.strategy.reduce_boolean_decision(bool(alarms), all=False)
         ):
             trainer.should_stop = True
+
+
+class _Late(NamedTuple):
+    """A step that no optimizer had made at its batch's end: the batch's loss, and its label."""
+
+    loss: Any
+    step: int
 
 
 def _totals(metrics: Mapping[str, float]) -> dict[str, float]:

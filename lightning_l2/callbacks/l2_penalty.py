@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,20 +12,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
     Callback,
-    bare_optimizer,
+    IdleWatch,
     bare_optimizers,
     ends_step,
     is_first_batch_of_step,
     is_logging_step,
     log_metrics,
+    optimizers_in_use,
     splits_early,
-    unscales_in_step,
+    tell_of_gradients,
 )
 from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
 from lightning_l2.decay_rule import check_weight_decay
+from lightning_l2.decay.penalty import L2Objective, Penalised
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.parameters import is_undecided
-from lightning_l2.penalty import L2Objective, Penalised
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter
 from lightning_l2.sharding import flat_shards
 
@@ -88,6 +91,7 @@ class L2Penalty(Callback):
         self.follow_schedule = follow_schedule
         self.log_objective = log_objective
         self.every_n_steps = every_n_steps
+        self._fit: _Fit | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain before the sanity check costs time."""
@@ -114,34 +118,44 @@ class L2Penalty(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide on every parameter; lazy ones have to wait for their shape."""
-        self._fit = _Fit(L2Objective(bare_optimizers(trainer), follow_schedule=self.follow_schedule))
+        self._idle = IdleWatch(trainer)
+        optimizers = optimizers_in_use(trainer)
+        follow = partial(self._follow, trainer, pl_module)
+        self._fit = _Fit(L2Objective(optimizers, follow_schedule=self.follow_schedule, look=follow))
         if not is_undecided(pl_module):
             self._decide(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Decide on parameters that came late; measure a logged step's weights, with which its loss is computed."""
-        if self._fit.is_decided and _count_parameters(trainer) != self._fit.parameters:
-            self._decide(trainer, pl_module)
+        if self._fit is None:
+            return
+        self._follow(trainer, pl_module)
         if self._fit.is_decided and is_first_batch_of_step(trainer):
             self._prepare_step(trainer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Decide on lazy parameters, which have a shape after the first forward pass."""
-        if not self._fit.is_decided and not is_undecided(pl_module):
+        if self._fit is not None and not self._fit.is_decided and not is_undecided(pl_module):
             self._decide_late(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Join the gradients here: they are complete and unscaled, and not clipped yet."""
+        if self._fit is None:
+            return
         if not self._fit.is_decided:
             self._decide_late(trainer, pl_module)
-        bare = bare_optimizer(optimizer)
-        if not unscales_in_step(trainer, bare):
-            self._fit.objective.join_gradients(bare)
+        self._follow(trainer, pl_module)
+        tell_of_gradients(trainer, optimizer, self)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Log once the step is done."""
+        if self._fit is None:
+            return
+        self._idle.count(trainer, batch)
         if not self._fit.objective.is_measured:
             return
         if self.log_objective and isinstance(outputs, dict) and outputs.get("loss") is not None:
@@ -149,6 +163,11 @@ class L2Penalty(Callback):
         if ends_step(trainer):
             metrics = self._fit.objective.metrics()
             log_metrics(trainer, metrics if is_logging_step(trainer, self.every_n_steps) else {}, monitor=metrics)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notice that nothing of it acted."""
+        if self._fit is not None:
+            self._idle.end(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep nothing of the fit."""
@@ -158,8 +177,16 @@ class L2Penalty(Callback):
         """Keep nothing of the fit."""
         self._release()
 
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go over to optimizers that were set up anew, and decide on parameters that are new."""
+        if self._fit is not None and self._fit.objective.follow(optimizers_in_use(trainer)) | self._fit.is_outdated():
+            self._decide(trainer, pl_module)
+
     def _decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        groups = {id(p): group for o in bare_optimizers(trainer) for group in o.param_groups for p in group["params"]}
+        if self._fit is None:
+            return
+        optimizers = optimizers_in_use(trainer)
+        groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
         entries = rules_by_parameter(pl_module, self.rules, trainer.model)
         if groups.keys().isdisjoint(id(param) for _, param, _ in entries):
             raise MisconfigurationException(
@@ -175,7 +202,8 @@ class L2Penalty(Callback):
             for (name, param, rule), base in zip(entries, bases, strict=True)
         }
         self._fit.objective.penalise(penalised, flat_shards(trainer.model or pl_module))
-        self._fit.is_decided, self._fit.parameters = True, _count_parameters(trainer)
+        self._fit.is_decided = True
+        self._fit.is_outdated()
 
     def _decide_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._decide(trainer, pl_module)
@@ -186,18 +214,19 @@ class L2Penalty(Callback):
         return conversion(training_setup(trainer, group)) if isinstance(conversion, Conversion) else conversion
 
     def _prepare_step(self, trainer: pl.Trainer) -> None:
-        fit: _Fit = self._fit
+        fit = self._fit
+        if fit is None:
+            return
         fit.steps += 1
         if fit.steps == 1:
             # Not earlier: every callback may write to the groups when training starts.
             _warn_of_double_decay(fit.objective.decayed_twice())
-            self._check_schedule(bare_optimizers(trainer))
+            self._check_schedule(optimizers_in_use(trainer))
         if is_logging_step(trainer, self.every_n_steps) or (fit.steps == 1 and self.every_n_steps != 0):
             fit.objective.measure()
 
     def _check_schedule(self, optimizers: list[Optimizer]) -> None:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if self.follow_schedule and not any("weight_decay_multiplier" in group for group in groups):
+        if self.follow_schedule and not any(decay_groups(optimizer).is_scheduled for optimizer in optimizers):
             raise MisconfigurationException(
                 "L2Penalty(follow_schedule=True) has nothing to follow: no parameter group has a multiplier. "
                 "Add the callback WeightDecayScheduler, or set follow_schedule=False."
@@ -215,8 +244,13 @@ class _Fit:
 
     objective: L2Objective
     is_decided: bool = False
-    parameters: int = 0
     steps: int = 0
+    groups: tuple[int, ...] = ()
+
+    def is_outdated(self) -> bool:
+        """Return whether groups or their parameters have changed since the last call."""
+        before, self.groups = self.groups, self.objective.version()
+        return self.is_decided and before != self.groups
 
 
 def _warn_of_double_decay(names: list[str]) -> None:
@@ -226,10 +260,6 @@ def _warn_of_double_decay(names: list[str]) -> None:
             f"{', '.join(map(repr, names[:3]))}: they shrink twice. Set the optimizer's `weight_decay` to 0 (AdamW's "
             "default is 0.01), or give L2Penalty rules that leave them out."
         )
-
-
-def _count_parameters(trainer: pl.Trainer) -> int:
-    return sum(len(group["params"]) for optimizer in bare_optimizers(trainer) for group in optimizer.param_groups)
 
 
 def _count(trainer: Any) -> int:

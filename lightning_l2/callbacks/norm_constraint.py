@@ -14,10 +14,12 @@ from lightning_l2.bounds import Bound, FixedBound
 from lightning_l2.callbacks.constraints_in_force import ConstraintsInForce, names_of_constrained
 from lightning_l2.callbacks.trainer_access import (
     Callback,
+    IdleWatch,
     bare_optimizers,
     ends_step,
     is_logging_step,
     log_metrics,
+    optimizers_in_use,
     splits_early,
 )
 from lightning_l2.constraint_hooks import AttachedConstraint
@@ -27,7 +29,6 @@ from lightning_l2.sharding import flat_shards
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from torch import nn
     from torch.optim import Optimizer
 
 
@@ -127,6 +128,7 @@ class NormConstraint(Callback):
         self.name = name
         # what bounds and multipliers remember, by parameter name and quantity
         self._memory: dict[str, dict[str, float]] = {}
+        self._fit: ConstraintsInForce | None = None
 
     @property
     def state_key(self) -> str:
@@ -157,17 +159,22 @@ class NormConstraint(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take note of the weights before a step; only now have all callbacks had their say about the groups."""
         if self._fit is None:
-            self._fit = self._attach(pl_module, trainer.model, bare_optimizers(trainer))
-        self._fit.prepare()
+            self._idle = IdleWatch(trainer)
+            self._fit = ConstraintsInForce(partial(self._attach, trainer, pl_module), partial(self._follow, trainer))
+        self._follow(trainer)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Take note of lazy parameters, which have a shape after the first forward pass."""
-        self._fit.pause(False)
-        if self._fit.is_undecided:
-            self._fit.prepare()
+        if self._fit is not None and self._fit.is_undecided:
+            self._follow(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Log what the last batch of a step led to."""
+        if self._fit is None:
+            return
+        self._idle.count(trainer, batch)
         logged = is_logging_step(trainer, self.every_n_steps)
         first = not self._fit.has_stepped and self.every_n_steps != 0
         if (logged or first) and ends_step(trainer):
@@ -175,6 +182,11 @@ class NormConstraint(Callback):
             extremes, each = self._fit.metrics(self.name)
             shown = {**extremes, **(each if self.log_each else {})}
             log_metrics(trainer, shown if logged else {}, monitor=extremes)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notice that nothing of it acted."""
+        if self._fit is not None:
+            self._idle.end(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks off the optimizers."""
@@ -188,14 +200,8 @@ class NormConstraint(Callback):
         """Return what bounds and multipliers remember, by parameter name; the optimizers' states are taken next."""
         if self._fit is not None:
             self._fit.memorise()
-            self._fit.pause(True)
         parameters = {name: dict(values) for name, values in self._memory.items()}
         return {"bound": type(self.bound).__name__, "per": self.per, "parameters": parameters}
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Act on steps again, now that the optimizers' states are taken."""
-        if self._fit is not None:
-            self._fit.pause(False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what bounds and multipliers remembered, if they are of the same kind."""
@@ -208,23 +214,20 @@ class NormConstraint(Callback):
                 f"{type(self.bound).__name__} per {self.per}: bounds and multipliers start anew."
             )
 
-    def _attach(
-        self, module: nn.Module, outermost: nn.Module | None, optimizers: list[Optimizer]
-    ) -> ConstraintsInForce:
-        return ConstraintsInForce(
-            [
-                AttachedConstraint(
-                    optimizer,
-                    partial(names_of_constrained, module, self.rules, outermost, optimizers),
-                    self.bound,
-                    per=self.per,
-                    update_rate=self.update_rate,
-                    memory=self._memory,
-                    label=f"optimizer{number}/" if len(optimizers) > 1 else "",
-                    shards=flat_shards(module if outermost is None else outermost),
-                )
-                for number, optimizer in enumerate(optimizers)
-            ]
+    def _follow(self, trainer: pl.Trainer) -> None:
+        if self._fit is not None:
+            self._fit.follow(optimizers_in_use(trainer))
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> AttachedConstraint:
+        outermost = trainer.model
+        return AttachedConstraint(
+            optimizer,
+            partial(names_of_constrained, pl_module, self.rules, outermost, optimizers_in_use(trainer)),
+            self.bound,
+            per=self.per,
+            update_rate=self.update_rate,
+            memory=self._memory,
+            shards=flat_shards(pl_module if outermost is None else outermost),
         )
 
     def _release(self) -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 
 from lightning_l2.both_packages import derive_from_both
+from lightning_l2.optimizers.inner import updating_optimizers
+from lightning_l2.optimizers.step_hook import gradients_are_complete, tell_once, updates_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+
+# Windows of batches without an update after which something must be wrong.
+MANY_WINDOWS = 100
 
 
 def _weakly_held(name: str) -> property:
@@ -24,9 +32,51 @@ def _weakly_held(name: str) -> property:
         return method and method()
 
     def put(callback: Any, method: Any) -> None:
-        vars(callback)[key] = weakref.WeakMethod(method)
+        # a module may put something else in its method's place, such as a partial
+        vars(callback)[key] = (weakref.WeakMethod if hasattr(method, "__func__") else weakref.ref)(method)
 
     return property(get, put)
+
+
+class IdleWatch:
+    """Notices that no optimizer updates through its hooks, so that nothing of what is attached to them acts.
+
+    Args:
+        trainer: The Trainer at the start of training.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._windows = 0
+        self._steps = trainer.global_step
+        self._has_updated = False
+
+    def count(self, trainer: Any, batch: Any) -> None:
+        """Count a batch that has ended, if it closed a window that led to a step."""
+        automatic, steps = trainer.lightning_module.automatic_optimization, self._steps
+        self._steps = trainer.global_step
+        if self._has_updated or (self._steps == steps if automatic else batch is None):
+            return
+        self._windows += 1
+        self._has_updated = any(updates_of(optimizer) for optimizer in optimizers_in_use(trainer))
+        if self._windows == MANY_WINDOWS:
+            self._warn(trainer)
+
+    def end(self, trainer: Any) -> None:
+        """Look once more at the end of a short training; a scaler may have skipped all of its steps."""
+        if 0 < self._windows < MANY_WINDOWS and not uses_scaler(trainer):
+            # a module may step in its own hook at a batch's end
+            self._has_updated |= any(updates_of(optimizer) for optimizer in optimizers_in_use(trainer))
+            self._warn(trainer)
+
+    def _warn(self, trainer: Any) -> None:
+        optimizers = optimizers_in_use(trainer)
+        if not self._has_updated and all([tell_once(optimizer) for optimizer in optimizers]):
+            rank_zero_warn(
+                f"{self._windows} windows of batches went by, and {', '.join(type(o).__name__ for o in optimizers)} "
+                "has not updated once through `step()`, so nothing that was attached to it has acted. Is there another "
+                "optimizer that updates the parameters, which the one that `configure_optimizers` returns keeps to "
+                "itself?"
+            )
 
 
 class Callback(pl.Callback):
@@ -48,8 +98,8 @@ class Callback(pl.Callback):
 derive_from_both(Callback)
 
 
-def check_alone(trainer: Any, callback: Callback) -> None:
-    """Refuse a second callback of a kind that has to be alone, since both would write to the same groups.
+def check_alone(trainer: Any, callback: Callback, way_out: str) -> None:
+    """Refuse a second callback of a kind that has to be alone, since both would decide on the same groups.
 
     Raises:
         MisconfigurationException: If the Trainer has one; those of derived classes are of the same kind.
@@ -59,7 +109,7 @@ def check_alone(trainer: Any, callback: Callback) -> None:
     if count > 1:
         name = kind.__name__
         raise MisconfigurationException(
-            f"The Trainer has {count} {name} callbacks, and each would undo what the other does. Keep one {name}."
+            f"The Trainer has {count} {name} callbacks, and each would undo what the other does. {way_out}"
         )
 
 
@@ -105,13 +155,18 @@ def is_logging_step(trainer: Any, every_n_steps: int | None = None) -> bool:
     return interval > 0 and (log_step(trainer) + 1) % interval == 0
 
 
-def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], monitor: Mapping[str, float] | None = None) -> None:
+def log_metrics(
+    trainer: pl.Trainer,
+    metrics: Mapping[str, float],
+    monitor: Mapping[str, float] | None = None,
+    step: int | None = None,
+) -> None:
     """Send metrics to every logger in one call each, and those to `monitor` to `trainer.callback_metrics`.
 
     `LightningModule.log_dict` of 200 keys costs more than a small training step, a logger's own call next to nothing.
     """
     for logger in trainer.loggers if metrics else ():
-        logger.log_metrics(dict(metrics), step=log_step(trainer))
+        logger.log_metrics(metrics=dict(metrics), step=log_step(trainer) if step is None else step)
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in (monitor or {}).items()})
 
 
@@ -120,22 +175,33 @@ def bare_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "_optimizer", optimizer)
 
 
-def optimizer_number(trainer: pl.Trainer, optimizer: Any) -> int | None:
-    """Return the index of an optimizer among `bare_optimizers`, None for one that is not the module's."""
-    bare = bare_optimizer(optimizer)
-    return next((number for number, other in enumerate(bare_optimizers(trainer)) if other is bare), None)
-
-
 def bare_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
     """Return the optimizers of the module, without Lightning's wrapper and stand-in for none, looked up afresh."""
     return [bare for bare in map(bare_optimizer, trainer.optimizers) if not isinstance(bare, _MockOptimizer)]
 
 
+def optimizers_in_use(trainer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that update the module's parameters: of wrapped ones the innermost, looked up afresh."""
+    bare = bare_optimizers(trainer)
+    return bare if splits_early(trainer) else updating_optimizers(bare)
+
+
+def tell_of_gradients(trainer: Any, optimizer: Any, teller: object, *, is_unscaled: bool = False) -> None:
+    """Let all that acts before clipping act on an optimizer's gradients, if they are unscaled by now."""
+    if is_unscaled or not unscales_in_step(trainer, bare_optimizer(optimizer)):
+        for updating in updating_optimizers(optimizer):
+            gradients_are_complete(updating, teller)
+
+
 def unscales_in_step(trainer: Any, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether gradients still carry the fp16 scale before a step: a fused optimizer removes it itself."""
     # torch's own mark, which Lightning goes by too
-    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return scales and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return uses_scaler(trainer) and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def uses_scaler(trainer: Any) -> bool:
+    """Return whether a gradient scaler may skip steps, as with fp16."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def unscale(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -144,33 +210,13 @@ def unscale(trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         trainer.precision_plugin.scaler.unscale_(optimizer)
 
 
-def lr_schedulers(trainer: Any) -> list[Any]:
-    """Return what holds learning rates of all optimizers' groups, looked up afresh."""
-    averaging = [callback for callback in trainer.callbacks if isinstance(getattr(callback, "_swa_lrs", None), list)]
-    rates = [_RatesOfAveraging(*pair) for pair in zip(averaging, bare_optimizers(trainer), strict=False)]
-    return [*(config.scheduler for config in trainer.lr_scheduler_configs), *rates]
-
-
-class _RatesOfAveraging:
-    """Stands for the scheduler that StochasticWeightAveraging makes in a later epoch, of one rate a group."""
-
-    def __init__(self, callback: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._callback, self.optimizer = callback, optimizer
-        self.base_lrs = callback._swa_lrs
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "base_lrs":
-            self._callback._swa_lrs = value
-
-
 def splits_early(trainer: pl.Trainer) -> bool:
     """Return whether the strategy takes the optimizer over as soon as it is configured, as DeepSpeed does."""
     return any(kind.__name__ == "DeepSpeedStrategy" for kind in type(trainer.strategy).__mro__)
 
 
-def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any], list[Any]], None]) -> None:
-    """Call `act` with the optimizers and learning-rate schedulers once `configure_optimizers` returns, one time.
+def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any]], None]) -> None:
+    """Call `act` with the optimizers once `configure_optimizers` returns, one time.
 
     No hook comes between `configure_optimizers` and a strategy that takes the optimizer over.
     """
@@ -183,8 +229,7 @@ def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any], list[Any]
         if own is not None:
             pl_module.configure_optimizers = own
         configured = pl_module.configure_optimizers()
-        optimizers, schedulers, _ = _configure_optimizers(configured)
-        act(optimizers, [s["scheduler"] if isinstance(s, dict) else s for s in schedulers])
+        act(_configure_optimizers(configured)[0])
         return configured
 
     acting: Any = configure_then_act
@@ -192,35 +237,14 @@ def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any], list[Any]
     pl_module.configure_optimizers = acting
 
 
-def remember_groups_in_finetuning(trainer: Any, pl_module: pl.LightningModule) -> None:
-    """Let finetuning callbacks store the optimizers' groups as they are now.
-
-    BaseFinetuning stores groups when an epoch begins and puts them back on resume, before the optimizers' states come.
-    """
-    for callback in trainer.callbacks:
-        for number in getattr(callback, "_internal_optimizer_metadata", {}):
-            names = {parameter: name for name, parameter in pl_module.named_parameters()}
-            groups = bare_optimizers(trainer)[number].param_groups
-            metadata = callback._apply_mapping_to_param_groups(groups, names)
-            callback._internal_optimizer_metadata[number] = metadata
-
-
-def state_of_training(trainer: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the objects whose attributes are the state of a training, besides weights and random numbers.
-
-    Returns:
-        Those that change with what they hold; those that bring the data; and those that only get other attributes.
-    """
-    loop = trainer.fit_loop
-    loops = [loop, loop.epoch_loop, loop.epoch_loop.val_loop]
-    own = [*trainer.lightning_module.modules(), *bare_optimizers(trainer), *lr_schedulers(trainer)]
-    sources = [trainer.datamodule] if trainer.datamodule is not None else []
-    sources += [one._data_source.instance for one in (loop, loop.epoch_loop.val_loop)]
-    return [*loops, *own, trainer._logger_connector, trainer.precision_plugin], sources, [trainer, trainer.strategy]
-
-
-# What the loops fetch data with; a training of its own gets its own.
-DATA_IN_USE = {"_combined_loader": None, "_data_fetcher": None, "_iterator": None}
+def callbacks_of_trainer_in_the_making() -> list[Any]:
+    """Return the callbacks of the Trainer whose constructor asks for more of them, by a function without arguments."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "on_trainer_init":
+            return frame.f_locals["self"].trainer.callbacks  # type: ignore[no-any-return]
+        frame = frame.f_back  # type: ignore[assignment]
+    return []
 
 
 def adds_measuring_epoch(trainer: Any) -> bool:

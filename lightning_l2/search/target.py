@@ -7,8 +7,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_l2.param_groups import base_weight_decay
-
 # Callbacks by the names of their classes, the first that is there first.
 TAKE_LAMBDA = ("WeightDecay", "L2Penalty")
 
@@ -37,10 +35,10 @@ def set_weight_decay(callbacks: Sequence[Any], groups: Sequence[dict[str, Any]],
             "There is no lambda to search: the Trainer has no WeightDecay callback and its optimizer no "
             "`weight_decay`. Add the callback WeightDecay()."
         )
-    strongest = max(base_weight_decay(group) for group in groups)
+    strongest = max(group["weight_decay"] for group in groups)
     if weight_decay is not None:
         for group in groups:
-            group["weight_decay"] = weight_decay * (base_weight_decay(group) / strongest if strongest else 1.0)
+            group["weight_decay"] = weight_decay * (group["weight_decay"] / strongest if strongest else 1.0)
     return "the optimizer's parameter groups"
 
 

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_l2.both_packages import derive_from_both
 from lightning_l2.norms import squared_norms
-from lightning_l2.param_groups import base_weight_decay
+from lightning_l2.optimizers.inner import updating_optimizers
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.search.run import Fit, Outcome, TrialRun
 from lightning_l2.search.target import hide_summaries
 from lightning_l2.sharding import flat_shards
@@ -72,8 +73,8 @@ class TrainingRecorder(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the weights that decay here, while groups are split and weights on their devices."""
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        decaying = [weight for group in groups if base_weight_decay(group) > 0 for weight in group["params"]]
+        groups = [group for one in updating_optimizers(trainer.optimizers) for group in decay_groups(one).unnamed()]
+        decaying = [weight for group in groups if group.base for weight in group.params]
         weights = decaying or list(pl_module.parameters())
         shards = flat_shards(trainer.strategy.model or pl_module)
         self.l2_norm = float(squared_norms(weights, [shards.get(id(weight)) for weight in weights]).sum().sqrt())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_l2.penalty import L2Objective, Penalised
+from lightning_l2.decay.penalty import L2Objective, Penalised
 from tests.benchmarks.timing import now, table, wait
 
 LAMBDA = 1e-2

@@ -31,7 +31,8 @@ from lightning_l2.callbacks.l2_penalty import L2Penalty
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.convert import GaussianPrior
-from lightning_l2.penalty import L2Objective, Penalised
+from lightning_l2.decay.penalty import L2Objective, Penalised
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.rules import DecayRule
 from lightning_l2.schedules import LinearSchedule, PlateauSchedule
 from tests.helpers import ACCELERATOR, fp16
@@ -560,10 +561,10 @@ def test_it_follows_a_schedule_that_has_read_nothing_yet(first: str) -> None:
 def test_a_multiplier_that_comes_with_the_gradients_is_logged_as_it_acts() -> None:
     class FromGradients(pl.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            trainer.optimizers[0].param_groups[0]["weight_decay_multiplier"] = 7.0
+            decay_groups(trainer.optimizers[0]).multiply(7.0)
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            optimizer.param_groups[0]["weight_decay_multiplier"] = 2.0
+            decay_groups(optimizer.optimizer).multiply(2.0)
 
     rows = Rows()
     penalty = L2Penalty(LAMBDA, follow_schedule=True)

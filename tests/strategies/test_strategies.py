@@ -35,7 +35,7 @@ def ranks_of(strategy: str) -> range:
     return range(1 if strategy == "single" else worker.PROCESSES)
 
 
-def launch(strategy: str, folder: Path) -> None:
+def launch(strategy: str, folder: Path, program: str = "worker") -> None:
     """Run the processes; all are ended after `SECONDS`, or when one of them fails."""
     ranks = ranks_of(strategy)
     environment = {
@@ -52,7 +52,7 @@ def launch(strategy: str, folder: Path) -> None:
         with (folder / f"{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.strategies.worker", strategy, str(folder)],
+                    [sys.executable, "-m", f"tests.strategies.{program}", strategy, str(folder)],
                     cwd=REPOSITORY,
                     env={**environment, "LOCAL_RANK": str(rank)},
                     stdout=log,
@@ -81,8 +81,8 @@ def results(strategy: str, folder: Path) -> list[dict[str, Any]]:
 class Found:
     """The results of each strategy, launched when a test first asks for them, of any worker of pytest-xdist."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, program: str = "worker") -> None:
+        self.folder, self.program = folder, program
         self.by_strategy: dict[str, list[dict[str, Any]]] = {}
 
     def __call__(self, strategy: str, scenario: str, rank: int = 0) -> dict[str, Any]:
@@ -92,8 +92,7 @@ class Found:
         assert "error" not in found, f"{strategy}, {scenario}: {found['error']}"
         return found
 
-    @staticmethod
-    def launched(strategy: str, folder: Path) -> list[dict[str, Any]]:
+    def launched(self, strategy: str, folder: Path) -> list[dict[str, Any]]:
         done = folder / "done"
         try:
             folder.mkdir()
@@ -103,18 +102,22 @@ class Found:
                 time.sleep(0.1)
             return results(strategy, folder)
         try:
-            launch(strategy, folder)
+            launch(strategy, folder, self.program)
         finally:
             done.touch()
         return results(strategy, folder)
 
 
+def found_in(tmp_path_factory: pytest.TempPathFactory, program: str) -> Found:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"strategies-{program}"
+    folder.mkdir(exist_ok=True)
+    return Found(folder, program)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "strategies"
-    folder.mkdir(exist_ok=True)
-    return Found(folder)
+    return found_in(tmp_path_factory, "worker")
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> None:

@@ -459,15 +459,10 @@ OF_DEEPSPEED = {"rules_and_schedule", "resume_with_a_schedule", "monitor", "coll
 OF_ONE = {"saving": "fsdp2-sharded", "options": "ddp", "edited": "zero"}
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    """All scenarios, each with the error it ended with instead of results."""
-    chosen = {k: f for k, f in SCENARIOS.items() if OF_ONE.get(k, name) == name}
-    if name in ("zero", "fsdp2-full"):
-        chosen = {k: f for k, f in chosen.items() if k in OF_CHECKPOINTS or k in OF_ONE}
-    elif name.startswith("deepspeed"):
-        chosen = {k: f for k, f in chosen.items() if k in OF_DEEPSPEED}
+def found_by(scenarios: dict[str, Callable[[Runner], Any]], name: str, folder: Path) -> dict[str, Any]:
+    """What scenarios find, each with the error it ended with instead of results."""
     found: dict[str, Any] = {}
-    for scenario, function in chosen.items():
+    for scenario, function in scenarios.items():
         try:
             found[scenario] = function(Runner(name, folder))
         except Exception as error:
@@ -477,9 +472,22 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """All scenarios of a strategy."""
+    chosen = {k: f for k, f in SCENARIOS.items() if OF_ONE.get(k, name) == name}
+    if name in ("zero", "fsdp2-full"):
+        chosen = {k: f for k, f in chosen.items() if k in OF_CHECKPOINTS or k in OF_ONE}
+    elif name.startswith("deepspeed"):
+        chosen = {k: f for k, f in chosen.items() if k in OF_DEEPSPEED}
+    return found_by(chosen, name, folder)
+
+
+def main(run: Callable[[str, Path], dict[str, Any]], strategy: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    target = Path(sys.argv[2])
-    torch.save(run(sys.argv[1], target), target / f"{os.environ['LOCAL_RANK']}.pt")
+    torch.save(run(strategy, Path(folder)), Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(run, *sys.argv[1:])

@@ -6,15 +6,15 @@ import csv
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from lightning_l2.param_groups import base_weight_decay
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from os import PathLike
 
     from torch import Tensor
+
+    from lightning_l2.param_groups.decay_groups import DecayGroup
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,31 @@ class GroupSummary:
     names: tuple[str, ...]
 
 
-def summarize(
-    groups: Iterable[dict[str, Any]], name_of: Callable[[Tensor], str], size_of: Callable[[Tensor], int]
-) -> list[GroupSummary]:
-    """Describe parameter groups.
-
-    Args:
-        groups: Parameter groups of optimizers.
-        name_of: Gives the qualified name of a parameter.
-        size_of: Gives the number of elements of a parameter, before sharding.
+def summarize(groups: Iterable[DecayGroup]) -> list[GroupSummary]:
+    """Describe the parts of optimizers' groups.
 
     >>> import torch
-    >>> group = {"params": [torch.ones(2, 3)], "name": "decay", "rule": "decay", "weight_decay": 0.1}
-    >>> summarize([group], lambda parameter: "fc.weight", torch.numel)[0].parameters
-    6
+    >>> from lightning_l2.param_groups.decay_groups import decay_groups
+    >>> optimizer = torch.optim.AdamW([torch.ones(2, 3)], weight_decay=0.1)
+    >>> [(group.group, group.weight_decay, group.parameters) for group in summarize(decay_groups(optimizer).groups)]
+    [('group0', 0.1, 6)]
     """
     return [
         GroupSummary(
-            group=group["name"],
-            rule=group["rule"],
-            weight_decay=base_weight_decay(group),
-            tensors=len(group["params"]),
-            parameters=sum(size_of(parameter) for parameter in group["params"]),
-            names=tuple(name_of(parameter) for parameter in group["params"]),
+            group=group.name,
+            rule=group.rule,
+            weight_decay=float(group.base),
+            tensors=len(group.params),
+            parameters=sum(map(_size, group.params)),
+            names=tuple(decision.name for decision in group.decisions),
         )
         for group in groups
     ]
+
+
+def _size(parameter: Tensor) -> int:
+    """Return the number of elements of a parameter, before sharding."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def table(summary: Sequence[GroupSummary], *, per_parameter: bool = False) -> tuple[list[str], list[list[str]]]:

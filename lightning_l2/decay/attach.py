@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-from lightning_l2.decay_hooks import Compared, Coupled, PeakLR, Scaled, peak_of
-from lightning_l2.decay_math import is_zero
-from lightning_l2.optimizer_facts import (
+from lightning_l2.decay.arithmetic import is_zero
+from lightning_l2.decay.ways import Compared, Coupled, OptimizersOwn, PeakLR, Scaled, Way, peak_of
+from lightning_l2.optimizers.facts import (
     DECOUPLED_FLAG,
     OWN_WAY,
     has_decoupled_flag,
@@ -28,7 +28,8 @@ from lightning_l2.optimizer_facts import (
     own_way,
     torch_class,
 )
-from lightning_l2.step_hooks import Attached, DecayHandle
+from lightning_l2.optimizers.inner import check_hookable, has_groups_of_its_own
+from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -36,15 +37,19 @@ if TYPE_CHECKING:
 Apply: TypeAlias = Literal["optimizer", "coupled", "decoupled", "independent", "cautious"]
 
 
+# Beyond so many groups, a pass of its own over the weights takes less time than an update for each group.
+FEW = 16
+
+
 def attach_decay(
     optimizer: Optimizer, apply: Apply, *, before_clipping: bool = False, peak_lr: PeakLR = None
-) -> DecayHandle:
+) -> OptimizersOwn | Way:
     """Make `optimizer.step()` apply each group's `weight_decay` in the way `apply` names, until the handle is removed.
 
     It acts within the step, between the last gradient and the update, on the parameters that have a gradient, with
     the lambda and the learning rate that their groups have by then. The optimizer's own decay sees 0 meanwhile.
-    Where the optimizer can do it alone, by itself or by torch's `decoupled_weight_decay`, it does. What is attached
-    while a step runs acts from the next one on.
+    Where the optimizer can do it alone, by itself or by torch's `decoupled_weight_decay`, it does. Its groups are the
+    user's own outside of the update. What is attached while a step runs acts from the next one on.
 
     * A step that a `GradScaler` skips decays nothing, also with fused optimizers, and nothing synchronises.
     * LBFGS: coupled adds lambda w to every gradient and lambda/2 ||w||^2 to every loss of the closure, so that a line
@@ -57,15 +62,15 @@ def attach_decay(
       Adafactor with `independent`, hold one, since their directions depend on the weights; the others hold nothing.
 
     Args:
-        optimizer: A bare torch optimizer. A wrapper that shares `param_groups` with the wrapped one is fine.
+        optimizer: A bare torch optimizer; of a wrapper, the one that it wraps (`updating_optimizers`).
         apply: One of the ways in the table of this module.
-        before_clipping: With `coupled`: lambda w joins the gradient when the caller runs the handle's `couple()`,
-            between unscaling and clipping. A step without that call gets it after clipping.
+        before_clipping: With `coupled`: lambda w joins the gradient when the caller runs the handle's
+            `before_clipping()`, between unscaling and clipping. A step without that call gets it after clipping.
         peak_lr: With `independent`: eta_max, to keep the learning-rate schedule (lambda eta/eta_max); "initial" takes
             each group's `max_lr` or `initial_lr`, which torch's schedulers write. None: lambda alone.
 
     Returns:
-        A handle: `remove()` ends it, `restore()` puts the groups right after a step that raised.
+        A handle, whose `remove()` ends it.
 
     Raises:
         ValueError: If the optimizer or the options don't go with `apply`.
@@ -83,15 +88,21 @@ def attach_decay(
         (tensor([0.5000, 0.5000]), 0.5)
     """
     check_options(apply, before_clipping, peak_lr)
+    if decay_groups(optimizer).has_way:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
+            "Remove the first one with its handle's `remove()`."
+        )
     if apply == "optimizer":
         _check_own(optimizer)
-        return DecayHandle()
-    if apply == own_way(optimizer) and not before_clipping:
-        return DecayHandle()
+        return OptimizersOwn(optimizer, {})
+    is_few = len(decay_groups(optimizer).unnamed()) <= FEW
+    if apply == own_way(optimizer) and not before_clipping and (is_few or not _is_attachable(optimizer)):
+        return OptimizersOwn(optimizer, {})
     _check_attachable(optimizer, apply)
     check_groups(optimizer, apply, peak_lr)
-    if apply in ("coupled", "decoupled") and not before_clipping and has_decoupled_flag(optimizer):
-        return Attached(optimizer, {DECOUPLED_FLAG: apply == "decoupled"})
+    if apply in ("coupled", "decoupled") and not before_clipping and is_few and has_decoupled_flag(optimizer):
+        return OptimizersOwn(optimizer, {DECOUPLED_FLAG: apply == "decoupled"})
     if apply == "coupled":
         return Coupled(optimizer, before_clipping)
     # these directions depend on the weights, so the weights must not have decayed before the update
@@ -127,15 +138,21 @@ def _check_own(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} has no weight decay of its own, so apply='optimizer' would do nothing. "
             "Choose apply='coupled', 'decoupled', 'independent' or 'cautious'."
         )
+    check_hookable(optimizer, "WeightDecay")
+    if not has_groups_of_its_own(optimizer):
+        raise TypeError(
+            f"`param_groups` of {type(optimizer).__name__} is made anew each time that it is read, so lambda can't be "
+            "put there. Keep the optimizers that it is made of in its attributes, or choose apply='decoupled'."
+        )
+
+
+def _is_attachable(optimizer: Optimizer) -> bool:
+    return not is_schedule_free(optimizer) and not any(group.get("differentiable") for group in optimizer.param_groups)
 
 
 def _check_attachable(optimizer: Optimizer, apply: Apply) -> None:
     name = type(optimizer).__name__
-    if not callable(getattr(optimizer, "register_step_pre_hook", None)):
-        raise TypeError(
-            f"{name} has no step hooks (`register_step_pre_hook`), which apply={apply!r} needs. "
-            "Give the bare torch optimizer, or leave the decay to it with apply='optimizer'."
-        )
+    check_hookable(optimizer, f"apply={apply!r}")
     if is_schedule_free(optimizer) and apply != "coupled":
         raise ValueError(
             f"{name} keeps weights besides the ones it is given, which apply={apply!r} would not reach. "
@@ -164,8 +181,8 @@ def check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR = None) -> 
         raise ValueError(
             f"peak_lr='initial' finds no learning rate above 0 in a group of {name}. Give the peak as a number."
         )
-    if apply == "independent" and any(group.get("weight_decay", 0.0) > 1 for group in groups):
-        largest = max(group.get("weight_decay", 0.0) for group in groups)
+    largest = max((group.weight_decay for group in decay_groups(optimizer).unnamed()), default=0.0)
+    if apply == "independent" and largest > 1:
         raise ValueError(
             f"apply='independent' scales weights by 1 - weight_decay each step, got weight_decay={largest}. "
             "Give a value of at most 1; without the factor lr it is usually 1e-6 to 1e-3."

@@ -42,22 +42,37 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -
 
 
 @torch.no_grad()
-def scale(params: Iterable[Tensor], strength: float | Tensor) -> None:
-    """Scale in place: w <- (1 - strength) w, where there is a gradient, of a sparse one only its rows."""
-    params = with_gradient(params)
-    if is_zero(strength) or not params:
+def scale(families: Sequence[Iterable[Tensor]], strengths: Sequence[float | Tensor]) -> None:
+    """Scale in place: w <- (1 - strength) w, where there is a gradient, of a sparse one only its rows.
+
+    Args:
+        families: Lists of parameters.
+        strengths: One for each list.
+    """
+    params: list[Tensor] = []
+    of_each: list[float | Tensor] = []
+    for family, strength in zip(families, strengths, strict=True):
+        if not is_zero(strength):
+            several = with_gradient(family)
+            params += several
+            of_each += [strength] * len(several)
+    if not params:
         return
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
-    if isinstance(strength, Tensor):
-        for weight in weights:
-            weight.addcmul_(weight, strength.to(weight.device, weight.dtype), value=-1)
-    elif any(weight.is_cpu and weight.element_size() < 4 for weight in weights):
-        # The CPU's foreach kernel rounds 1 - strength to the dtype of the weights first: to 1, in bfloat16.
-        for weight in weights:
-            weight.mul_(1 - strength)
+    factors = [1 - strength for strength in of_each if not isinstance(strength, Tensor)]
+    # The CPU's foreach kernel rounds 1 - strength to the dtype of the weights first: to 1, in bfloat16.
+    if len(factors) == len(weights) and not any(weight.is_cpu and weight.element_size() < 4 for weight in weights):
+        if len(set(factors)) == 1:
+            torch._foreach_mul_(weights, factors[0])
+        else:
+            torch._foreach_mul_(weights, factors)
     else:
-        torch._foreach_mul_(weights, 1 - strength)
+        for weight, strength in zip(weights, of_each, strict=True):
+            if isinstance(strength, Tensor):
+                weight.addcmul_(weight, strength.to(weight.device, weight.dtype), value=-1)
+            else:
+                weight.mul_(1 - strength)
     write(params, rows, weights)
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_l2.decay_math import add_decay_gradient
+from lightning_l2.decay.arithmetic import add_decay_gradient
 from lightning_l2.norms import squared_norms
-from lightning_l2.optimizer_facts import ascent_sign, reads_loss
-from lightning_l2.param_groups import base_weight_decay
-from lightning_l2.step_hooks import uncompiled, wrap_closure
+from lightning_l2.optimizers.facts import ascent_sign, reads_loss
+from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,23 +37,37 @@ class Penalised(NamedTuple):
 class L2Objective:
     r"""The term \(\frac{\lambda}{2} \lVert w \rVert_2^2\), summed over parameters, of what optimizers minimise.
 
-    A step that nobody calls `join_gradients` for joins them itself, right before the update. An optimizer that looks at
-    the loss, as a line search does, is told the penalised one. Both until `remove()`.
+    The gradient joins that of the data before clipping where somebody tells that it is complete
+    (`gradients_are_complete`), and right before the update otherwise. An optimizer that looks at the loss, as a line
+    search does, is told the penalised one. Both until `remove()`.
 
     Args:
-        optimizers: The optimizers that train the parameters.
-        follow_schedule: Whether lambda is multiplied with the `weight_decay_multiplier` of the parameter's group.
+        optimizers: The optimizers that train the parameters; see `updating_optimizers`.
+        follow_schedule: Whether lambda is multiplied with the multiplier that schedules give the parameter's group.
+        look: As of `Attachments`.
+
+    Raises:
+        TypeError: If an optimizer has no step hooks.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], *, follow_schedule: bool = False) -> None:
-        self._optimizers = list(optimizers)
+    def __init__(
+        self, optimizers: Sequence[Optimizer], *, follow_schedule: bool = False, look: Callable[[], Any] | None = None
+    ) -> None:
         self._follow_schedule = follow_schedule
         self._penalised: dict[int, Penalised] = {}
         self._shards: dict[int, ProcessGroup] = {}
         self._measured: _Measured | None = None
-        # by `id`, the optimizers whose gradients have been joined for the step to come
-        self._joined: set[int] = set()
-        self._hooks = [optimizer.register_step_pre_hook(uncompiled(self._on_step)) for optimizer in optimizers]
+        self._parts = Attachments(lambda _, optimizer: _Joining(self, optimizer), look)
+        self.follow(optimizers)
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Go over to other optimizers; return whether they are others."""
+        self._optimizers = list(optimizers)
+        return self._parts.follow(optimizers)
+
+    def version(self) -> tuple[int, ...]:
+        """Return what changes when parameter groups or their parameters do."""
+        return tuple(decay_groups(optimizer).current_version() for optimizer in self._optimizers)
 
     def penalise(self, penalised: Mapping[int, Penalised], shards: Mapping[int, ProcessGroup] | None = None) -> None:
         """Decide on parameters, at the latest when their first gradient is there.
@@ -66,9 +80,8 @@ class L2Objective:
         self._shards = dict(shards or {})
 
     def remove(self) -> None:
-        """Take the hooks off the optimizers."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Leave the optimizers alone."""
+        self._parts.remove()
 
     def join_gradients(self, optimizer: Optimizer, scale: float | Tensor = 1.0) -> None:
         """Add lambda w to the gradients of an optimizer's parameters, in place.
@@ -77,7 +90,6 @@ class L2Objective:
             optimizer: The optimizer, about to step.
             scale: What the gradients are scaled with.
         """
-        self._joined.add(id(optimizer))
         together: dict[float, list[Tensor]] = {}
         for param, weight_decay in self._in_force(optimizer):
             together.setdefault(weight_decay, []).append(param)
@@ -85,6 +97,16 @@ class L2Objective:
                 self._measured.in_force[id(param)] = weight_decay
         for weight_decay, params in together.items():
             add_decay_gradient(params, weight_decay * scale)
+
+    def objective(self, optimizer: Optimizer, loss: Any) -> Any:
+        """Return a closure's loss with the penalty, for optimizers that read it."""
+        in_force = list(self._in_force(optimizer)) if reads_loss(optimizer) and loss is not None else []
+        if not in_force:
+            return loss
+        params = [param for param, _ in in_force]
+        squares = squared_norms(params, [self._shards.get(id(param)) for param in params])
+        half_lambdas = torch.tensor([value / 2 for _, value in in_force], dtype=squares.dtype)
+        return loss + squares @ half_lambdas.to(squares.device, non_blocking=True)
 
     def measure(self) -> None:
         """Take the squares of the weights as they are now, on their device, for `metrics`."""
@@ -136,54 +158,51 @@ class L2Objective:
         return [
             self._penalised[id(param)].name
             for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            if base_weight_decay(group)
-            for param in group["params"]
+            for group in decay_groups(optimizer).unnamed()
+            if group.base
+            for param in group.params
             if id(param) in self._penalised
         ]
 
     def _in_force(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, float]]:
         """Yield the penalised parameters of an optimizer with lambda in force, negative where it maximises."""
-        for group in optimizer.param_groups:
-            factor: float = ascent_sign(optimizer, group)
+        for group in decay_groups(optimizer).unnamed():
+            factor: float = ascent_sign(optimizer, group.parent)
             if self._follow_schedule:
-                factor *= group.get("weight_decay_multiplier", 1.0)
-            for param in group["params"]:
+                factor *= group.multiplier
+            for param in group.params:
                 entry = self._penalised.get(id(param))
                 if entry is not None and param.requires_grad:
                     yield param, factor * entry.weight_decay
 
-    def _on_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        with_closure = wrap_closure(args, kwargs, lambda closure: self._with_penalty(optimizer, closure))
-        if with_closure is None:
-            self._join_late(optimizer)
-        return with_closure
 
-    def _join_late(self, optimizer: Optimizer) -> None:
-        """Join the gradients unless `join_gradients` was called for this step."""
-        if id(optimizer) not in self._joined:
+class _Joining(StepHook):
+    """The part that joins the steps of one optimizer."""
+
+    turn = Turn.PENALTY
+
+    def __init__(self, penalty: L2Objective, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, "L2Penalty")
+        self._penalty = penalty
+        self._has_joined = False
+
+    @torch.no_grad()
+    def before_clipping(self) -> None:
+        """Join the gradients, which clipping is then to see."""
+        self._penalty.join_gradients(self.optimizer)
+        self._has_joined = True
+
+    def objective(self, loss: Any) -> Any:
+        """Add the penalty."""
+        return self._penalty.objective(self.optimizer, loss)
+
+    def before_update(self) -> None:
+        """Join the gradients of a step of which nobody told."""
+        if not self._has_joined:
             # Where a GradScaler leaves unscaling to the optimizer, no hook before the step had unscaled gradients.
-            scale = getattr(optimizer, "grad_scale", None)
-            self.join_gradients(optimizer, 1.0 if scale is None else scale)
-        self._joined.discard(id(optimizer))
-
-    def _with_penalty(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return a closure that also joins the gradients, and returns the penalised loss to optimizers that read it."""
-
-        def evaluate() -> Any:
-            loss = closure()
-            self._join_late(optimizer)
-            in_force = list(self._in_force(optimizer)) if reads_loss(optimizer) and loss is not None else []
-            if not in_force:
-                return loss
-            params = [param for param, _ in in_force]
-            squares = squared_norms(params, [self._shards.get(id(param)) for param in params])
-            half_lambdas = torch.tensor([value / 2 for _, value in in_force], dtype=squares.dtype)
-            return loss + squares @ half_lambdas.to(squares.device, non_blocking=True)
-
-        return evaluate
+            scale = getattr(self.optimizer, "grad_scale", None)
+            self._penalty.join_gradients(self.optimizer, 1.0 if scale is None else scale)
+        self._has_joined = False
 
 
 class _Measured(NamedTuple):

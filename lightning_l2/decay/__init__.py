@@ -1,0 +1,6 @@
+"""How lambda acts on any torch optimizer: coupled, decoupled, independent of the learning rate, or cautious."""
+
+from lightning_l2.decay.attach import Apply, attach_decay
+from lightning_l2.decay.penalty import L2Objective, Penalised
+
+__all__ = ["Apply", "L2Objective", "Penalised", "attach_decay"]

@@ -1,0 +1,179 @@
+"""Weight decay by rules on all optimizers of a module: what the callback does, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_l2.decay.attach import Apply, attach_decay, check_groups, check_options
+from lightning_l2.optimizers.step_hook import Attachments
+from lightning_l2.param_groups.bases import RuleBases
+from lightning_l2.param_groups.decay_groups import decay_groups, decay_groups_of
+from lightning_l2.param_groups.resume import Resuming
+from lightning_l2.param_groups.summary import GroupSummary, summarize
+from lightning_l2.parameters import is_undecided
+from lightning_l2.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from lightning_l2.decay.ways import OptimizersOwn, PeakLR, Way
+    from lightning_l2.rules import Rules
+
+
+class RuleDecay:
+    r"""Give each parameter of a module its own weight decay by rules, in the steps of the module's optimizers.
+
+    The optimizers' groups stay as they are outside of updates. Lazy parameters decay by their rules from when they have
+    a shape: call `decide` before the step.
+
+    Args:
+        model: The module.
+        optimizers: The optimizers that train it; see `updating_optimizers`.
+        weight_decay: Base lambda, or a function that gives it from a parameter group. None keeps each group's own.
+        rules: A preset's name, or rules in order: the first that matches a parameter decides.
+        apply: How lambda acts; see `attach_decay`, also for the options that go with it.
+        before_clipping: As of `attach_decay`.
+        peak_lr: As of `attach_decay`.
+        resuming: Knows what a checkpoint says.
+        root: The module that a strategy wrapped the model in, for shapes under FSDP1.
+        look: As of `Attachments`.
+
+    Raises:
+        ValueError: If rules don't fit the module, or ask for what an optimizer can't take.
+        TypeError: If an optimizer has no step hooks.
+        MisconfigurationException: If there is no weight decay to keep, or no way to apply it.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> decay = RuleDecay(model, [optimizer], 0.01)
+    >>> decay.weight_decay()
+    {'weight': 0.01, 'bias': 0.0}
+    >>> decay.remove()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        weight_decay: float | Callable[[Mapping[str, Any]], float] | None = None,
+        *,
+        rules: Rules = "default",
+        apply: Apply = "optimizer",
+        before_clipping: bool = False,
+        peak_lr: PeakLR = None,
+        resuming: Resuming | None = None,
+        root: nn.Module | None = None,
+        look: Callable[[], Any] | None = None,
+    ) -> None:
+        check_options(apply, before_clipping, peak_lr)
+        self._model = model
+        self._apply = apply
+        self._peak_lr = peak_lr
+        self._keeps_own = weight_decay is None
+        self._resuming = resuming or Resuming("config")
+        base = weight_decay if callable(weight_decay) else lambda group: weight_decay
+        self._make_bases = partial(RuleBases, model, rules, base, self._resuming, root)
+        self._bases: RuleBases | None = None
+        self._attach = partial(attach_decay, apply=apply, before_clipping=before_clipping, peak_lr=peak_lr)
+        self._attached: Attachments[OptimizersOwn | Way] = Attachments(self._begin, look)
+        self.optimizers: list[Optimizer] = []
+        self._resuming.take_over(optimizers)
+        self.decide()
+        self.follow(optimizers)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether rules have decided, for which lazy parameters need a shape."""
+        return self._bases is not None
+
+    @property
+    def updates(self) -> int:
+        """How many updates the optimizers have made."""
+        return sum(decay_groups(optimizer).updates for optimizer in self.optimizers)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """What changes when groups or their parameters do."""
+        return tuple(decay_groups(optimizer).version for optimizer in self.optimizers)
+
+    def decide(self) -> bool:
+        """Let rules decide, if they haven't and no parameter is lazy any more; return whether they did."""
+        if self._bases is not None or is_undecided(self._model):
+            return False
+        self._bases = self._make_bases()
+        for number, optimizer in enumerate(self.optimizers):
+            self._decide(number, optimizer)
+        return True
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Go over to other optimizers; return whether they are others."""
+        known = self.optimizers
+        if len(known) == len(optimizers) and all(a is b for a, b in zip(known, optimizers, strict=True)):
+            return False
+        self.optimizers = list(optimizers)
+        decay_groups_of(optimizers)
+        return self._attached.follow(optimizers)
+
+    def summary(self) -> list[GroupSummary]:
+        """Describe the groups, in all optimizers."""
+        return summarize(group for one in decay_groups_of(self.optimizers) for group in one.groups)
+
+    def weight_decay(self) -> dict[str, float]:
+        """Return the base lambda of each parameter that a rule decided on, by name.
+
+        One that several optimizers have is there again for each later one, as `optimizer1/<name>`.
+        """
+        return {
+            decision.key: float(group.base)
+            for optimizer in self.optimizers
+            for group in decay_groups(optimizer).unnamed()
+            for decision in group.decisions
+            if decision.rule is not None
+        }
+
+    def remove(self) -> None:
+        """Leave the optimizers alone."""
+        for optimizer in self.optimizers:
+            decay_groups(optimizer).decide(None)
+        self._attached.remove()
+        self.optimizers = []
+
+    def _begin(self, number: int, optimizer: Optimizer) -> OptimizersOwn | Way:
+        if self._bases is not None:
+            self._decide(number, optimizer)
+        return self._attach(optimizer)
+
+    def _decide(self, number: int, optimizer: Optimizer) -> None:
+        self._check_takes_decay(optimizer)
+        self._check_owner(optimizer)
+        decay_groups(optimizer).decide(self._bases, self._resuming.configured(number, optimizer))
+        check_groups(optimizer, self._apply, self._peak_lr)
+
+    def _check_takes_decay(self, optimizer: Optimizer) -> None:
+        missing = any("weight_decay" not in group for group in optimizer.param_groups)
+        if missing and self._apply == "optimizer":
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has no weight decay of its own. "
+                "Use WeightDecay(apply='decoupled') or apply='coupled', which work with any optimizer."
+            )
+        if missing and self._keeps_own:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has no weight decay of its own to keep. Give WeightDecay a `weight_decay`."
+            )
+
+    def _check_owner(self, optimizer: Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        is_owner = self._bases is None or not parameters or self._bases.owns_any(parameters)
+        # modules that are kept out of sight, in a list, are no fault
+        if not is_owner and any(map(is_sharded, self._model.parameters())):
+            raise ValueError(
+                f"None of the {len(parameters)} parameters of {type(optimizer).__name__} belongs to the module: "
+                "it would train nothing. Was the optimizer built before the module was sharded or replaced its "
+                "parameters (LightningCLI's --optimizer under FSDP2)? Build it in `configure_optimizers`."
+            )

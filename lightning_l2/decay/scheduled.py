@@ -1,0 +1,249 @@
+"""Lambda over training, on all optimizers of a module: what the callback does, for any training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
+from lightning_l2.schedules import FeedbackSchedule, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch.optim import Optimizer
+
+
+class ScheduledDecay:
+    r"""Multiply lambda of every parameter group by a schedule: $\lambda_t = \lambda_0 \cdot m(t / (T - 1))$.
+
+    Args:
+        schedule: Multiplier as a function of progress, or from what training does.
+        optimizers: The optimizers that train; see `updating_optimizers`.
+        length: Length $T$ of the training, in what `set` counts.
+        values: Whether the schedule gives multipliers, or the `"weight_decay"` of groups with the strongest base.
+        memory: What a feedback schedule remembers, by the optimizer's number; it is changed in place.
+        writes: Whether lambda is written into the groups, where a strategy leaves no other way.
+        look: As of `Attachments`.
+
+    Raises:
+        TypeError: If an optimizer has no step hooks.
+        ValueError: If the schedule gives what no lambda can be.
+
+    >>> import torch
+    >>> from lightning_l2.schedules import LinearSchedule
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, weight_decay=0.5)
+    >>> scheduled = ScheduledDecay(LinearSchedule(0.0, 1.0), [optimizer], length=3)
+    >>> scheduled.set(1)
+    >>> decay_groups(optimizer).groups[0].weight_decay, optimizer.param_groups[0]["weight_decay"]
+    (0.25, 0.5)
+    >>> scheduled.remove()
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | FeedbackSchedule,
+        optimizers: Sequence[Optimizer],
+        *,
+        length: int = 1,
+        values: Literal["multiplier", "weight_decay"] = "multiplier",
+        memory: dict[int, dict[str, Any]] | None = None,
+        writes: bool = False,
+        look: Callable[[], Any] | None = None,
+    ) -> None:
+        self.optimizers: list[Optimizer] = []
+        self._schedule = schedule
+        self._length = length
+        self._values = values
+        self._memory = {} if memory is None else memory
+        self._attached = Attachments(_Written if writes else self._attach, look)
+        self._seen_updates: dict[int, int] = {}
+        if isinstance(schedule, Schedule):
+            probe(schedule, length)
+        self.follow(optimizers)
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Go over to other optimizers; return whether they are others."""
+        if not self._attached.follow(optimizers):
+            return False
+        self.optimizers = list(optimizers)
+        decay_groups_of(optimizers)
+        return True
+
+    def check(self) -> None:
+        """Refuse optimizers that a feedback schedule can't read.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if isinstance(self._schedule, FeedbackSchedule):
+            for optimizer in self.optimizers:
+                self._schedule.check(_view(optimizer))
+
+    def strongest(self) -> float:
+        """Return the largest base lambda."""
+        return max((float(g.base) for o in self.optimizers for g in decay_groups(o).unnamed()), default=0.0)
+
+    def set(self, index: int, *, only_updated: bool = False) -> None:
+        """Put lambda of a step, or what else is counted, in force.
+
+        Args:
+            index: How many there were before.
+            only_updated: Leave alone optimizers that haven't updated since the last call.
+        """
+        optimizers = [one for one in self.optimizers if self._has_updated(one) or not only_updated]
+        if isinstance(self._schedule, FeedbackSchedule):
+            for optimizer in optimizers:
+                if self._schedule.reads == "lr":
+                    self.read(optimizer)
+                else:
+                    self._repeat(optimizer)
+            return
+        value = float(self._schedule(min(1.0, index / max(1, self._length - 1))))
+        strongest = self.strongest() if self._values == "weight_decay" else 1.0
+        for optimizer in optimizers:
+            if self._values == "multiplier":
+                decay_groups(optimizer).multiply(value)
+            else:
+                decay_groups(optimizer).multiply(value / strongest if strongest else 0.0, (value, strongest))
+
+    def read(self, optimizer: Optimizer, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Ask a feedback schedule for the multipliers of an optimizer's groups, and put them in force."""
+        schedule: Any = self._schedule
+        memory = self._memory.setdefault(self._number(optimizer), {"state": {}})
+        memory["multipliers"] = list(map(float, schedule.multipliers(_view(optimizer), metrics, memory["state"])))
+        decay_groups(optimizer).multiply(memory["multipliers"])
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Let a feedback schedule see metrics."""
+        for optimizer in self.optimizers:
+            self.read(optimizer, metrics)
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """Return what a feedback schedule remembers, as a copy."""
+        return copy.deepcopy(self._memory)
+
+    def remove(self) -> None:
+        """Leave the optimizers alone."""
+        self._attached.remove()
+
+    def _repeat(self, optimizer: Optimizer) -> None:
+        """Put in force what a feedback schedule gave last; 1 before it was asked, so that followers find one."""
+        decay_groups(optimizer).multiply(self._memory.get(self._number(optimizer), {}).get("multipliers") or [1.0])
+
+    def _has_updated(self, optimizer: Optimizer) -> bool:
+        updates = decay_groups(optimizer).updates
+        before = self._seen_updates.get(id(optimizer), 0)
+        self._seen_updates[id(optimizer)] = updates
+        return updates != before
+
+    def _number(self, optimizer: Optimizer) -> int:
+        return next(number for number, one in enumerate(self.optimizers) if one is optimizer)
+
+    def _attach(self, number: int, optimizer: Optimizer) -> _InForce:
+        reads_gradients = isinstance(self._schedule, FeedbackSchedule) and self._schedule.reads == "gradients"
+        return _Reading(self, optimizer) if reads_gradients else _InForce(optimizer)
+
+
+class _InForce:
+    """Keeps the multipliers in an optimizer's groups in force."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups: DecayGroups = decay_groups(optimizer)
+        self._groups.hold(self, "WeightDecayScheduler")
+
+    def remove(self) -> None:
+        self._groups.multiply(1.0)
+        self._groups.is_scheduled = False
+        self._groups.release(self)
+
+
+class _Written:
+    """Stands for it where lambda is written into the groups."""
+
+    def __init__(self, number: int, optimizer: Optimizer) -> None:
+        self._groups = decay_groups(optimizer)
+
+    def remove(self) -> None:
+        self._groups.is_scheduled = False
+
+
+class _Reading(_InForce):
+    """Has a feedback schedule read the gradients of an optimizer before anything joins them."""
+
+    def __init__(self, scheduled: ScheduledDecay, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self._hook = _ReadingHook(scheduled, optimizer)
+
+    def remove(self) -> None:
+        self._hook.remove()
+        super().remove()
+
+
+class _ReadingHook(StepHook):
+    turn = Turn.SCHEDULE
+
+    def __init__(self, scheduled: ScheduledDecay, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, "WeightDecayScheduler")
+        self._scheduled = scheduled
+
+    def before_clipping(self) -> None:
+        self._scheduled.read(self.optimizer)
+
+
+class _View:
+    """An optimizer as feedback schedules see it: with a group for each part that decays alike."""
+
+    param_groups: list[dict[str, Any]]
+    state: Mapping[Any, Any]
+
+
+@cache
+def _view_class(kind: type) -> type:
+    return type(kind.__name__, (_View, kind), {})
+
+
+def _view(optimizer: Any) -> Any:
+    kind = _view_class(type(optimizer))
+    view = object.__new__(kind)
+    vars(view).update(
+        state=optimizer.state,
+        defaults=getattr(optimizer, "defaults", {}),
+        param_groups=[
+            {
+                **group.parent,
+                "params": group.params,
+                "name": group.name,
+                **({"rule": group.rule} if group.decisions else {}),
+                "weight_decay": group.weight_decay,
+                "initial_weight_decay": group.base,
+            }
+            for group in decay_groups(optimizer).groups
+        ],
+    )
+    return view
+
+
+def probe(schedule: Schedule, length: int) -> None:
+    """Refuse a schedule that would give what no lambda can be, before it costs a training.
+
+    Raises:
+        ValueError: If one of its values is negative or not finite.
+    """
+    points = min(length, 1000)
+    for index in range(points):
+        progress = index / max(1, points - 1)
+        value = schedule(progress)
+        try:
+            is_multiplier = 0 <= float(value) < math.inf
+        except (TypeError, ValueError):
+            is_multiplier = False
+        if not is_multiplier:
+            raise ValueError(
+                f"{type(schedule).__name__} gives {value!r} at progress {progress:.3g}; "
+                "a multiplier of weight decay has to be finite and at least 0."
+            )

@@ -1,0 +1,100 @@
+"""The base lambda of each parameter of a module: decided once by rules, for each optimizer that has the parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning_l2.param_groups.decay_groups import Decision
+from lightning_l2.parameters import is_undecided
+from lightning_l2.rules import DecayRule, resolve_rules, rules_by_parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lightning_l2.param_groups.resume import Resuming
+    from lightning_l2.rules import Rules
+
+
+class RuleBases:
+    """Base lambdas by rules.
+
+    Args:
+        model: The module that the parameters belong to.
+        rules: As of `assign_rules`.
+        weight_decay: Gives the base that rules go by, from a parameter's group; None keeps the group's own.
+        resuming: Knows those of a checkpoint.
+        root: The module that a strategy wrapped the model in, for shapes under FSDP1.
+
+    >>> import torch
+    >>> from lightning_l2.param_groups.resume import Resuming
+    >>> model = torch.nn.Linear(2, 1)
+    >>> bases = RuleBases(model, "default", lambda group: 0.01, Resuming("config"))
+    >>> [bases.of(0, parameter, {}, 0.0).base for parameter in model.parameters()]
+    [0.01, 0.0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Rules,
+        weight_decay: Callable[[Mapping[str, Any]], float | None],
+        resuming: Resuming,
+        root: nn.Module | None = None,
+    ) -> None:
+        self._model = model
+        self._ask = partial(rules_by_parameter, model, root=root)
+        self._rules = resolve_rules(rules)
+        self._weight_decay = weight_decay
+        self._resuming = resuming
+        self._known = self._look_up(self._rules)
+        # by the key of a parameter
+        self._bases: dict[str, float | None] = {}
+        # by parameter name, the number of the first optimizer that has it
+        self._first: dict[str, int] = {}
+        # by their `id`, parameters that are not the module's
+        self._strangers: dict[int, weakref.ref[Tensor]] = {}
+
+    def of(self, number: int, parameter: Tensor, group: Mapping[str, Any], own: float) -> Decision:
+        """Return what is decided on a parameter of a group of the optimizer of that number.
+
+        The module is looked through again for a parameter that it did not have before. One of the same name as another
+        has its base.
+        """
+        if parameter not in self._known and not self._is_stranger(parameter):
+            self._look_again(parameter)
+        if parameter not in self._known:
+            return Decision("unassigned", "", None, None)
+        name, rule = self._known[parameter]
+        is_first = self._first.setdefault(name, number) == number
+        key = name if is_first else f"optimizer{number}/{name}"
+        if key not in self._bases:
+            self._bases[key] = self._base(key, rule, group, own)
+        return Decision(name, key, rule, self._bases[key])
+
+    def owns_any(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether any of the parameters is the module's."""
+        return any(parameter in self._known for parameter in parameters)
+
+    def _base(self, key: str, rule: DecayRule, group: Mapping[str, Any], own: float) -> float | None:
+        base = self._weight_decay(group)
+        configured = rule.resolve(own if base is None else base)
+        chosen = self._resuming.choose(key, configured, group)
+        return None if base is None and chosen == configured else chosen
+
+    def _look_up(self, rules: Sequence[DecayRule]) -> dict[Tensor, tuple[str, DecayRule]]:
+        return {parameter: (name, rule) for name, parameter, rule in self._ask(rules)}
+
+    def _look_again(self, parameter: Tensor) -> None:
+        if not is_undecided(self._model):
+            # a module that changes while it trains may lose all that a rule is for
+            self._known = self._look_up([replace(rule, optional=True) for rule in self._rules])
+        if parameter not in self._known:
+            self._strangers[id(parameter)] = weakref.ref(parameter)
+
+    def _is_stranger(self, parameter: Tensor) -> bool:
+        known = self._strangers.get(id(parameter))
+        return known is not None and known() is parameter

@@ -1,0 +1,420 @@
+"""The parts of an optimizer's parameter groups that decay alike: what all callbacks share.
+
+The optimizer's own groups stay the user's. Each is seen here as one or several parts, each with a base lambda, that of
+its rule or the group's own, and with the multiplier that schedules give it; lambda in force is their product.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from lightning_l2.optimizers.inner import updating_optimizers
+from lightning_l2.optimizers.step_hook import step_of
+from lightning_l2.param_groups.names import Owner, unique_names
+from lightning_l2.param_groups.update import GroupSwap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_l2.rules import DecayRule
+
+# What a part is called whose parameters no rule has decided on; it keeps its group's weight decay.
+UNASSIGNED = "unassigned"
+# What stands for the rule of a group without parameters, which torch allows.
+EMPTY = "empty"
+
+
+class Decision(NamedTuple):
+    """What was decided on a parameter.
+
+    Args:
+        name: Its qualified name.
+        key: The same, unique over all optimizers that have it.
+        rule: The rule that matches it, None for none.
+        base: Lambda before any schedule, None for what its group and the rule make of each other.
+    """
+
+    name: str
+    key: str
+    rule: DecayRule | None
+    base: float | None
+
+
+class Bases(Protocol):
+    """Knows the base lambda of each parameter."""
+
+    def of(self, number: int, parameter: Tensor, group: Mapping[str, Any], own: float) -> Decision:
+        """Return what is decided on a parameter.
+
+        Args:
+            number: The index of the optimizer.
+            parameter: One of its parameters.
+            group: The user's group that has it.
+            own: That group's own weight decay, 0 where it has none.
+        """
+
+
+@dataclass(eq=False)
+class DecayGroup:
+    """Parameters of one of the user's groups that decay alike.
+
+    Args:
+        parent: The user's group, for reading.
+        params: Its parameters that decay alike, in their order.
+        indices: Their places in the group.
+        decisions: What was decided on each, none where no rule was asked.
+        name: A unique name over all optimizers of a module.
+        multiplier: What schedules multiply lambda with.
+        scheduled: Lambda that a schedule gives in place of the product.
+        fixed: The base of a group that lambda in force is written into.
+        own_options: Options that the optimizer gave to this part only, with the parent's at that time.
+        child: What stands for it while the optimizer updates: the same object each time, as compiled steps expect.
+        configured: The parent's weight decay as a checkpoint restored it, and what holds until somebody changes that.
+    """
+
+    parent: dict[str, Any]
+    params: list[Tensor]
+    indices: list[int]
+    decisions: list[Decision]
+    configured: tuple[Any, float] | None = None
+    child: dict[str, Any] | None = None
+    name: str = ""
+    multiplier: float = 1.0
+    scheduled: float | None = None
+    fixed: float | None = None
+    own_options: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def rule(self) -> str:
+        """The name of the rule that made it, or what stands for one."""
+        if not self.decisions:
+            return str(self.parent.get("name", "")) if self.params else EMPTY
+        rule = self.decisions[0].rule
+        return UNASSIGNED if rule is None else rule.name
+
+    @property
+    def label(self) -> str | None:
+        """What it is called before any prefix, None where no rule was asked."""
+        if not self.decisions:
+            return None
+        name, _, rule, _ = self.decisions[0]
+        return UNASSIGNED if rule is None else rule.group_of(name)
+
+    @property
+    def base(self) -> Any:
+        """Lambda before any schedule: a number, or what else the user's group holds."""
+        if self.fixed is not None:
+            return self.fixed
+        rule, base = self.decisions[0][2:] if self.decisions else (None, None)
+        if base is not None:
+            return base
+        own = self.parent.get("weight_decay", 0.0)
+        if self.configured is not None and own == self.configured[0]:
+            own = self.configured[1]
+        if rule is None:
+            return own
+        if rule.weight_decay is not None:
+            return rule.weight_decay
+        return own if rule.multiplier is None else own * rule.multiplier
+
+    @property
+    def weight_decay(self) -> Any:
+        """Lambda in force, in the coming step."""
+        if self.scheduled is not None:
+            return self.scheduled
+        return self.base * self.multiplier if self.multiplier != 1.0 else self.base
+
+    @property
+    def can_decay(self) -> bool:
+        """Whether its optimizer, or a rule, says anything about its weight decay."""
+        return "weight_decay" in self.parent or any(decision.base is not None for decision in self.decisions)
+
+
+class _Family(NamedTuple):
+    """A user's group, the parameters it had, what it said of weight decay then, and its parts."""
+
+    parent: dict[str, Any]
+    params: list[Tensor]
+    written: Any
+    groups: list[DecayGroup]
+
+    def fits(self, parent: dict[str, Any]) -> bool:
+        params = parent["params"]
+        return parent is self.parent and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+
+class DecayGroups:
+    """The parts of one optimizer's groups, kept as long as the groups and their parameters are the same objects.
+
+    Whatever is new is decided when it is first seen: groups that were added, parameters that were replaced. Groups that
+    are gone are forgotten.
+
+    Attributes:
+        number: The optimizer's index among those of the module.
+        updates: How many updates were made while the groups were held.
+        has_way: Whether somebody has attached a way to decay.
+        is_scheduled: Whether a schedule has written multipliers.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.number = 0
+        self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
+        self.updates = 0
+        self.has_way = False
+        self.is_scheduled = False
+        self._optimizer = weakref.ref(optimizer)
+        self._bases: Bases | None = None
+        self._configured: Sequence[tuple[Any, float]] = ()
+        self._families: dict[int, _Family] = {}
+        self._multiplier = 1.0
+        self._fixed: Sequence[float] = ()
+        self._is_told = False
+        self._named_for: tuple[int, ...] = ()
+        self._version = 0
+        self._swap = GroupSwap(weakref.proxy(self))
+        self._holders: set[int] = set()
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer."""
+        return self._optimizer()
+
+    @property
+    def siblings(self) -> list[DecayGroups]:
+        """Those of all optimizers of the module, over which names are unique."""
+        return [one for known in self._siblings if (one := known()) is not None] or [self]
+
+    @property
+    def groups(self) -> list[DecayGroup]:
+        """The parts, in the order of the user's groups and in each of their first parameters, with their names."""
+        siblings = self.siblings
+        found = {id(one): one.unnamed() for one in siblings}
+        versions = tuple(one._version for one in siblings)
+        if self._named_for != versions:
+            _name(siblings, [found[id(one)] for one in siblings])
+            for one in siblings:
+                one._named_for = versions
+        return found[id(self)]
+
+    @property
+    def version(self) -> int:
+        """How often the parts have changed, as far as anybody has looked."""
+        return self._version
+
+    def current_version(self) -> int:
+        """Look, and return how often the parts have changed."""
+        self.families()
+        return self._version
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether rules have decided on the base lambdas."""
+        return self._bases is not None
+
+    def unnamed(self) -> list[DecayGroup]:
+        """Return the parts, whose names may be stale."""
+        return [group for family in self.families() for group in family]
+
+    def families(self) -> list[list[DecayGroup]]:
+        """Return the parts of each of the user's groups; as often as every step, so it is to be cheap."""
+        parents = self._swap.users or self.optimizer.param_groups
+        known = self._families
+        families = []
+        for index, parent in enumerate(parents):
+            family = known.get(id(parent))
+            if family is None or not family.fits(parent):
+                family = self._make(index, parent)
+                self._version += 1
+            elif self._bases is not None and parent.get("weight_decay") is not family.written:
+                self._tell_of_writing(family)
+            families.append(family)
+        if len(known) != len(families) or any(known.get(id(one.parent)) is not one for one in families):
+            self._families = {id(one.parent): one for one in families}
+            self._version += 1
+        return [family.groups for family in families]
+
+    def decide(self, bases: Bases | None, configured: Sequence[tuple[Any, float]] = ()) -> None:
+        """Let rules decide on the base lambdas, or, with None, take the groups as they are.
+
+        Args:
+            bases: Knows the base of each parameter.
+            configured: For each of the user's groups the weight decay that it has now, since a checkpoint was restored,
+                and the one that holds instead until somebody writes to it.
+        """
+        self._bases, self._configured = bases, configured
+        self._families = {}
+        self._version += 1
+
+    def multiply(self, multipliers: float | Sequence[float], absolute: tuple[float, float] | None = None) -> None:
+        """Set what schedules multiply lambda with.
+
+        Args:
+            multipliers: One for all parts, or one for each, the last also for those that come later.
+            absolute: Lambda of parts with the strongest base, and that base, where a schedule says that; others follow
+                in proportion.
+        """
+        groups = self.unnamed()
+        several = [multipliers] * len(groups) if isinstance(multipliers, int | float) else list(multipliers)
+        self._multiplier = several[-1] if several else 1.0
+        self.is_scheduled = True
+        several += [self._multiplier] * (len(groups) - len(several))
+        for group, multiplier in zip(groups, several, strict=False):
+            group.multiplier = multiplier
+            group.scheduled = absolute[0] * (group.base / absolute[1]) if absolute and absolute[1] else None
+        if self._fixed:
+            self.write()
+
+    def hide(self, in_step: Mapping[str, Any] | None) -> None:
+        """Let the optimizer see other options than the groups have, wherever they have them, while it updates.
+
+        Args:
+            in_step: The options, perhaps none, of the way that decay acts in; None once there is no way attached.
+        """
+        self.has_way = in_step is not None
+        self._swap.in_step = dict(in_step or {})
+
+    def hold(self, holder: object, asks: str) -> None:
+        """Let lambda be in force in the optimizer's updates, until `release`.
+
+        Args:
+            holder: Who asks; each releases for itself.
+            asks: The same in words.
+
+        Raises:
+            TypeError: If the optimizer has no step hooks.
+        """
+        if not self._holders:
+            step_of(self.optimizer, asks).set_layout(self._swap)
+        self._holders.add(id(holder))
+
+    def release(self, holder: object) -> None:
+        """Leave the optimizer alone once nobody holds it any more, and forget what was in force."""
+        if id(holder) not in self._holders:
+            return
+        self._holders.discard(id(holder))
+        if not self._holders and self.optimizer is not None:
+            step_of(self.optimizer, "DecayGroups").set_layout(None)
+            self._siblings, self._multiplier, self.is_scheduled = (), 1.0, False
+            self.decide(None)
+
+    def fix(self, bases: Sequence[float]) -> None:
+        """Write lambda in force into the user's own groups from now on, where a strategy leaves no other way.
+
+        Args:
+            bases: The base lambda of each group.
+        """
+        self._fixed = bases
+        self._families = {}
+        self.write()
+
+    def write(self) -> None:
+        """Write lambda in force into the groups that were fixed."""
+        for group in self.unnamed():
+            if "weight_decay" in group.parent:
+                group.parent["weight_decay"] = group.weight_decay
+
+    def _make(self, index: int, parent: dict[str, Any]) -> _Family:
+        configured = self._configured[index] if index < len(self._configured) else None
+        decided = []
+        if self._bases is not None:
+            own = float((parent.get("weight_decay") if configured is None else configured[1]) or 0.0)
+            decided = [self._bases.of(self.number, parameter, parent, own) for parameter in parent["params"]]
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for place in range(len(parent["params"])):
+            members.setdefault(_key(decided[place]) if decided else (), []).append(place)
+        before = {group.label: group.multiplier for family in self._families.values() for group in family.groups}
+        groups = []
+        for places in members.values() or [[]]:
+            params = [parent["params"][place] for place in places]
+            group = DecayGroup(parent, params, places, [decided[place] for place in places if decided], configured)
+            group.multiplier = before.get(group.label, self._multiplier)
+            group.fixed = self._fixed[index] if index < len(self._fixed) else None
+            groups.append(group)
+        return _Family(parent, list(parent["params"]), parent.get("weight_decay"), groups)
+
+    def _tell_of_writing(self, family: _Family) -> None:
+        written = family.parent.get("weight_decay")
+        is_fixed = any(decision.base is not None for group in family.groups for decision in group.decisions)
+        if self._is_told or not is_fixed or written == family.written:
+            return
+        self._is_told = True
+        rank_zero_warn(
+            f"`weight_decay` of a parameter group of {type(self.optimizer).__name__} was changed from "
+            f"{family.written:g} to {written:g}. It has no effect, since WeightDecay gives a value: "
+            f"{', '.join(f'{group.name or group.label} {group.base:g}' for group in family.groups)}. "
+            "Use WeightDecay() without a value to decay as the groups say, or a WeightDecayScheduler."
+        )
+
+
+def _key(decision: Decision) -> tuple[Any, ...]:
+    rule = decision.rule
+    return (UNASSIGNED,) if rule is None else (rule.group_of(decision.name), decision.base)
+
+
+def _name(siblings: Sequence[DecayGroups], groups: Sequence[Sequence[DecayGroup]]) -> None:
+    owners = []
+    for number, (one, own) in enumerate(zip(siblings, groups, strict=True)):
+        parents = one._swap.users or one.optimizer.param_groups
+        places = {id(parent): index for index, parent in enumerate(parents)}
+        owners += [Owner(number, places[id(g.parent)], _own_name(g.parent), g.label) for g in own]
+    for group, name in zip((group for own in groups for group in own), unique_names(owners), strict=True):
+        group.name = name
+
+
+def _own_name(parent: Mapping[str, Any]) -> str | None:
+    name = parent.get("name")
+    return None if name is None else str(name)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, DecayGroups] = weakref.WeakKeyDictionary()
+
+
+def decay_groups(optimizer: Any) -> DecayGroups:
+    """Return the parts of the groups of an optimizer that decay alike.
+
+    Args:
+        optimizer: One that updates by itself; see `updating_optimizers`.
+
+    >>> import torch
+    >>> optimizer = torch.optim.AdamW([torch.zeros(1)], weight_decay=0.1)
+    >>> [(group.name, group.weight_decay) for group in decay_groups(optimizer).groups]
+    [('group0', 0.1)]
+    """
+    known = _KNOWN.get(optimizer)
+    if known is None:
+        known = _KNOWN[optimizer] = DecayGroups(optimizer)
+    return known
+
+
+def decay_groups_of(optimizers: Sequence[Any]) -> list[DecayGroups]:
+    """Return `decay_groups` of all optimizers of a module, with names that are unique over them."""
+    found = [decay_groups(optimizer) for optimizer in optimizers]
+    for number, one in enumerate(found):
+        one.number, one._siblings = number, [weakref.ref(sibling) for sibling in found]
+    return found
+
+
+def weight_decay_in_force(optimizer: Any) -> dict[str, float]:
+    """Return lambda of the coming step by the name of the parameter group, as in tables and logs.
+
+    The groups in `optimizer.param_groups` stay as the user made them, so they don't tell.
+
+    Args:
+        optimizer: An optimizer, also a wrapped one; one without weight decay has 0.
+
+    >>> import torch
+    >>> groups = [{"params": [torch.zeros(1)], "name": "head"}, {"params": [torch.zeros(1)], "weight_decay": 0.0}]
+    >>> weight_decay_in_force(torch.optim.AdamW(groups, weight_decay=0.1))
+    {'head': 0.1, 'group1': 0.0}
+    """
+    found = [decay_groups(one) for one in updating_optimizers(optimizer)]
+    if any(len(one.siblings) < len(found) for one in found):
+        found = decay_groups_of([one.optimizer for one in found])
+    return {group.name: float(group.weight_decay) for one in found for group in one.groups}
+

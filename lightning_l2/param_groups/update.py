@@ -1,0 +1,206 @@
+"""An optimizer's parameter groups, split by weight decay while it updates and only then."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_l2.optimizers.facts import torch_class
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lightning_l2.param_groups.decay_groups import DecayGroup, DecayGroups
+
+# What a child has of its own; all other options are its parent's.
+OWN_KEYS = frozenset(("params", "param_names", "weight_decay"))
+
+
+class GroupSwap:
+    """Puts children into `optimizer.param_groups` for the time of an update.
+
+    A child has every option of its parent, the user's group, as it is at that moment, the parameters of one part, and
+    the weight decay in force. What the update writes into children goes back to their parent. Where it made them
+    different, each keeps its own until somebody writes to the parent.
+
+    Args:
+        groups: The parts of the optimizer's groups.
+
+    Attributes:
+        in_step: What the optimizer is to see in place of the options that its groups have.
+        users: The user's groups while children stand in their place, else None.
+    """
+
+    def __init__(self, groups: DecayGroups) -> None:
+        self.in_step: dict[str, Any] = {}
+        self.users: list[dict[str, Any]] | None = None
+        self._groups = groups
+        self._given: list[_Given] = []
+        # groups, and what they have outside of an update
+        self._hidden: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def enter(self, optimizer: Optimizer) -> None:
+        """Put children in the place of the user's groups."""
+        self.leave(optimizer)
+        families = self._groups.families()
+        self._given = []
+        standing: list[dict[str, Any]] = []
+        for family in families:
+            parent = family[0].parent
+            if "weight_decay" in self.in_step:
+                self._hide(parent)
+                standing.append(parent)
+                continue
+            children = self._parts(family)
+            standing += children
+            if children[0] is not parent:
+                self._given.append(_Given(parent, family, children))
+        self.users = list(optimizer.param_groups)
+        optimizer.param_groups[:] = standing
+
+    def leave(self, optimizer: Optimizer, *, has_updated: bool = False) -> None:
+        """Put the user's groups back, with what the update has written."""
+        users, self.users = self.users, None
+        if users is None:
+            return
+        children = list(optimizer.param_groups)
+        optimizer.param_groups[:] = users
+        given, self._given = self._given, []
+        while self._hidden:
+            parent, values = self._hidden.pop()
+            parent.update(values)
+        if has_updated:
+            self._groups.updates += 1
+            _check_all_were_read(optimizer, given, children)
+        for one in given:
+            one.take_back()
+
+    def _hide(self, parent: dict[str, Any]) -> None:
+        """Let a group have other options for the time of the update: without weight decay there is nothing to split."""
+        hidden = {key: parent[key] for key in self.in_step if key in parent}
+        self._hidden.append((parent, hidden))
+        parent.update((key, self.in_step[key]) for key in hidden)
+
+    def _parts(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
+        parent = family[0].parent
+        if len(family) == 1 and not self.in_step and family[0].weight_decay is parent.get("weight_decay", 0.0):
+            return [parent]
+        if "weight_decay" not in parent:
+            return [parent]
+        children = []
+        for group in family:
+            child = self._child(group)
+            _fill(child, parent)
+            for key, (value, of_parent) in group.own_options.items():
+                if parent.get(key) is of_parent:
+                    child[key] = value
+            child["params"] = group.params
+            if "param_names" in parent:
+                child["param_names"] = [parent["param_names"][index] for index in group.indices]
+            child["weight_decay"] = group.weight_decay
+            child.update((key, value) for key, value in self.in_step.items() if key in child)
+            children.append(child)
+        return children
+
+    def _child(self, group: DecayGroup) -> dict[str, Any]:
+        if group.child is None:
+            # torch's own optimizers read all groups
+            group.child = _Noting() if torch_class(self._groups.optimizer) is None else {}
+        return group.child
+
+
+def _check_all_were_read(optimizer: Optimizer, given: list[_Given], children: list[dict[str, Any]]) -> None:
+    """Refuse an optimizer that goes by a list of its own, as long as the user's groups, in its first update."""
+    noting = [child for one in given for child in one.children if isinstance(child, _Noting)]
+    if not any(child.was_read for child in noting) and not any(one.has_moved() for one in given):
+        return
+    unread = [child for child in noting if not child.was_read and dict.__getitem__(child, "params")]
+    if unread:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} looked at {len(children) - len(unread)} of {len(children)} parameter groups in "
+            "its update: it goes by a list of its own, made for the groups that it was built with. Use "
+            "WeightDecay(apply='decoupled'), or another `apply`, which needs no groups."
+        )
+    for one in given:
+        for group in one.family:
+            group.child = group.child and dict(group.child)
+
+
+class _Given:
+    """The children of a parent as they were when the update began."""
+
+    def __init__(self, parent: dict[str, Any], family: list[DecayGroup], children: list[dict[str, Any]]) -> None:
+        self.parent, self.family, self.children = parent, family, children
+        self.values = [_values(child) for child in children]
+        is_noting = any(isinstance(child, _Noting) for child in children)
+        self._versions = [parameter._version for parameter in parent["params"]] if is_noting else []
+
+    def has_moved(self) -> bool:
+        """Return whether any of the parameters was changed in place since, as far as torch counts that."""
+        versions = zip(self._versions, self.parent["params"], strict=False)
+        return any(version != parameter._version for version, parameter in versions)
+
+    def take_back(self) -> None:
+        """Give the parent what was written into its children."""
+        if all(
+            len(child) == len(values) and all(map(operator.is_, _values(child), values))
+            for child, values in zip(self.children, self.values, strict=True)
+        ):
+            return
+        written: set[str] = set()
+        for child, values in zip(self.children, self.values, strict=True):
+            written.update(list(child)[len(values) :])
+            written.update(key for key, now, then in zip(child, _values(child), values, strict=False) if now is not then)
+        for key in written - OWN_KEYS:
+            first = self.children[0].get(key)
+            self.parent[key] = first
+            differ = any(not _same(child.get(key), first) for child in self.children)
+            for group, child in zip(self.family, self.children, strict=False):
+                if differ:
+                    group.own_options[key] = child.get(key), first
+                else:
+                    group.own_options.pop(key, None)
+
+
+class _Noting(dict[str, Any]):
+    """A group that notes whether its parameters were asked for."""
+
+    was_read = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.was_read |= key == "params"
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.was_read |= key == "params"
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self.was_read = True
+        return super().items()
+
+    def values(self) -> Any:
+        self.was_read = True
+        return super().values()
+
+
+def _values(child: dict[str, Any]) -> list[Any]:
+    return list(dict.values(child))
+
+
+def _fill(child: dict[str, Any], parent: dict[str, Any]) -> None:
+    if len(child) != len(parent):
+        child.clear()
+    child.update(parent)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two options are the same; tensors only if they are one, since nobody waits for a device here."""
+    if one is other or isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return one is other
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError):  # as arrays of numpy
+        return False
