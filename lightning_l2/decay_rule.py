@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,8 @@ class DecayRule:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"A rule needs a name, a non-empty string, but got {self.name!r}.")
         given: Any = self.modules
-        modules = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        modules = tuple(given) if several else (given,)
         object.__setattr__(self, "modules", modules)
         for module in modules:
             if not isinstance(module, (str, type)) or not module:

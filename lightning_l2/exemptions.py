@@ -36,6 +36,8 @@ def class_names(module: nn.Module) -> tuple[str, ...]:
 def is_norm(module: nn.Module, attribute: str = "") -> bool:
     """Return whether a module is a normalisation layer: by its class, a base class, or its attribute's name.
 
+    A block that holds layers with weights, such as a `ConvNormAct`, is none.
+
     Args:
         module: any module.
         attribute: name that its parent has for it; it counts only where the class says nothing.
@@ -46,7 +48,8 @@ def is_norm(module: nn.Module, attribute: str = "") -> bool:
         (True, False)
     """
     by_class = _names_norm(class_names(module))
-    return by_class if by_class is not None else _NORM_ATTRIBUTE.search(attribute.lower()) is not None
+    named = by_class if by_class is not None else _NORM_ATTRIBUTE.search(attribute.lower()) is not None
+    return named and all(_WEIGHT_LAYERS.isdisjoint(class_names(part)) for part in module.modules())
 
 
 @lru_cache(maxsize=1024)

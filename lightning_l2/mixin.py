@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.norms import squared_norms
@@ -143,7 +143,7 @@ class WeightDecayMixin(LightningModule):
             )
         own = vars(cls).get("configure_callbacks")
         if own is not None:
-            cls.configure_callbacks = _told(own)  # type: ignore[method-assign]
+            setattr(cls, own.__name__, _told(own))
 
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         """Add a `WeightDecay` to the module's callbacks; here, since Lightning asks for them before each fit."""
@@ -151,10 +151,11 @@ class WeightDecayMixin(LightningModule):
         configured = super().configure_callbacks()
         callbacks = list(configured or ()) if isinstance(configured, Sequence | None) else [configured]
         present = [found for found in (*callbacks, *self._trainer_callbacks()) if isinstance(found, WeightDecay)]
-        if self.decay_rules is None or any(not isinstance(callback, ModuleWeightDecay) for callback in present):
+        brought = [found for found in present if isinstance(found, ModuleWeightDecay)]
+        if self.decay_rules is None or len(brought) < len(present):
             return callbacks
         rules = resolve_rules(self.decay_rules)
-        for found in present:
+        for found in brought:
             if (found.rules, found.weight_decay) == (rules, self.weight_decay):
                 found.serve(self)
                 return callbacks

@@ -20,6 +20,8 @@ PRESETS: dict[str, tuple[DecayRule, ...]] = {
     "default": (_NO_DECAY, _DECAY),
     # The same, with a group of each matrix, for schedules that give each its own weight decay.
     "per_matrix": (_NO_DECAY, replace(_DECAY, per_parameter=True)),
+    # What the default one exempts, to stand before rules of one's own: [exempt, {name: head, ...}, default].
+    "exempt": (_NO_DECAY,),
     # Weights of linear layers only: rows of embedding tables of rare categories would decay without a gradient.
     "fully_connected": (_NO_DECAY, DecayRule("decay", modules=("Linear", "Bilinear"), optional=True), _REST_NO_DECAY),
     # Kernels of convolutions and linear layers only (He et al.: Bag of Tricks, arXiv 1812.01187, 2018).

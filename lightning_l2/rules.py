@@ -57,6 +57,8 @@ def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
             raise TypeError(f"A rule must be a DecayRule or the name of a preset, got {entry!r}.")
     if not resolved:
         raise ValueError("rules is empty. Give at least one rule, or the preset 'default'.")
+    # a preset may bring a rule that stands there already, as `exempt` does before `default`
+    resolved = list(dict.fromkeys(resolved))
     _check_unique(resolved)
     return tuple(resolved)
 
@@ -107,6 +109,29 @@ def assign_rules(model: nn.Module, rules: Rules = "default", root: nn.Module | N
     """
     infos = describe_parameters(model, root)
     return dict(zip((info.name for info in infos), _choose(infos, resolve_rules(rules)), strict=True))
+
+
+def decayed_exemptions(
+    model: nn.Module, rules: Rules = "default", root: nn.Module | None = None
+) -> dict[str, list[str]]:
+    """Return what rules with conditions decay although the default exempts it, by the rule's name.
+
+    Args:
+        model: any module.
+        rules: see `resolve_rules`.
+        root: the module that a strategy wrapped the model in, for shapes under FSDP1.
+
+    Example:
+        >>> from torch import nn
+        >>> decayed_exemptions(nn.Linear(2, 1), [DecayRule("all_of_it", modules=("Linear",)), "default"])
+        {'all_of_it': ['bias']}
+    """
+    infos = describe_parameters(model, root)
+    found: dict[str, list[str]] = {}
+    for info, rule in zip(infos, _choose(infos, resolve_rules(rules)), strict=True):
+        if info.exempt and rule.resolve(1.0) and not rule.is_catch_all:
+            found.setdefault(rule.name, []).append(info.name)
+    return found
 
 
 def decay_param_groups(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch.nn.parameter import is_lazy
 
-from lightning_l2.parameters import clean_name, describe_parameters, is_undecided
 from lightning_l2.param_groups.decay_groups import decay_groups_of
+from lightning_l2.parameters import clean_name, describe_parameters, is_undecided
 from lightning_l2.sharding import flat_shards, group_members, has_flat_pieces, process_groups
 
 if TYPE_CHECKING:
@@ -176,10 +176,10 @@ def _layer(name: str, group: str | None, per: Per, depth: int | None) -> str | N
     return f"{layer}_" if layer == "total" else layer
 
 
-def _groups(optimizers: Sequence[Optimizer]) -> tuple[list[list[nn.Parameter]], list[str]]:
+def _groups(optimizers: Sequence[Optimizer]) -> tuple[list[list[Any]], list[str]]:
     """Return the parameters and the unique name of each part of the optimizers' groups that decays alike."""
     parts = [(optimizer, one.groups) for optimizer, one in zip(optimizers, decay_groups_of(optimizers), strict=True)]
-    members: list[list[nn.Parameter]] = []
+    members: list[list[Any]] = []
     for optimizer, groups in parts:
         # DeepSpeed has put flat pieces in the place of parameters
         members += group_members(optimizer) if has_flat_pieces(optimizer) else [group.params for group in groups]

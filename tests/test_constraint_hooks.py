@@ -241,9 +241,9 @@ def test_groups_are_labelled_by_name() -> None:
     module = net()
     groups = [{"params": module[0].parameters(), "name": "body"}, {"params": module[2].parameters()}]
     optimizer = torch.optim.SGD(groups, lr=0.0)
-    attached = attach(optimizer, module, 0.5, per="group", label="optimizer1/")
+    attached = attach(optimizer, module, 0.5, per="group")
     attached.prepare()
-    assert attached.labels == ["body", "optimizer1/group1"]
+    assert attached.labels == ["body", "group1"]
 
 
 def test_remove() -> None:
@@ -262,7 +262,12 @@ class NotTorch:
 
 
 def test_messages() -> None:
-    with pytest.raises(RuntimeError, match=r"^NotTorch has no step hooks .*Derive it from torch\.optim\.Optimizer\.$"):
+    message = (
+        "NormConstraint needs step hooks (`register_step_pre_hook`), which NotTorch does not call. Derive it from "
+        "torch.optim.Optimizer and call `super().__init__`, or keep the optimizer that it wraps in one of its "
+        "attributes."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         attach(NotTorch(), net(), 1.0)
 
     module = net()

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.convert import Timescale
 from lightning_l2.mixin import WeightDecayMixin
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.rules import DecayRule
 from tests.helpers import batches, make_trainer
 
@@ -31,9 +32,8 @@ class Plain(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         (optimizer,) = self.trainer.optimizers
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        self.in_force = {
-            names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-        }
+        parts = decay_groups(optimizer).groups
+        self.in_force = {names[id(p)]: part.weight_decay for part in parts for p in part.params}
         return nn.functional.mse_loss(self.head(self.body(batch[0])), batch[1])
 
     test_step = training_step
@@ -276,6 +276,7 @@ def test_norm_and_penalty_of_a_sharded_module(tmp_path):
 
 SCRIPT = """
 import pytorch_lightning as pl, torch
+from lightning_l2 import weight_decay_in_force
 from lightning_l2.mixin import WeightDecayMixin
 
 class Net(WeightDecayMixin, pl.LightningModule):
@@ -286,7 +287,7 @@ class Net(WeightDecayMixin, pl.LightningModule):
         self.layer = torch.nn.Linear(2, 1)
 
     def training_step(self, batch, batch_idx):
-        print({g["name"]: g["weight_decay"] for g in self.trainer.optimizers[0].param_groups})
+        print(weight_decay_in_force(self.trainer.optimizers[0]))
         return self.layer(batch[0]).sum()
 
     def configure_optimizers(self):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -21,9 +21,10 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler, schedules
+from lightning_l2.decay.by_rules import RuleDecay
+from lightning_l2.decay.scheduled import ScheduledDecay
 from lightning_l2.metrics import l2_penalty
-from lightning_l2.param_groups import base_weight_decay, multiply_weight_decay
-from lightning_l2.regrouping import Regrouping
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.schedules import Schedule
 from tests.helpers import Net, assert_same_weights, batches, layout, make_trainer, weights
 from tests.test_schedules import CLOSED_FORMS
@@ -183,9 +184,6 @@ def trainings(draw: Any) -> Callable[[], Training]:
     return make
 
 
-OWN = {"params", "weight_decay", "initial_weight_decay", "name", "rule"}
-
-
 def advance(model: nn.Module, optimizer: Optimizer, scheduler: Any) -> None:
     for parameter in model.parameters():
         parameter.grad = parameter.detach().cos() if parameter.requires_grad else None
@@ -205,79 +203,98 @@ def state_of(scheduler: Any) -> Any:
     }
 
 
-def split(model: nn.Module, optimizer: Optimizer, scheduler: Any, rules: list[DecayRule]) -> Regrouping:
-    groups = Regrouping(
-        model, [optimizer], lambda: [scheduler] if scheduler else [], rules,
-        lambda name, rule, group: rule.resolve(base_weight_decay(group)),
-    )  # fmt: skip
-    groups.split_new()
-    return groups
+def lambda_by_hand(rule: DecayRule, own: float) -> float:
+    """Return what the documentation says of a rule's lambda, given that of the group."""
+    if rule.weight_decay is not None:
+        return rule.weight_decay
+    return own * (1.0 if rule.multiplier is None else rule.multiplier)
 
 
 @examples(60)
 @given(trainings(), rule_lists())
-def test_every_parameter_is_in_one_group_with_its_options_and_lambda(
+def test_every_parameter_is_in_one_part_of_its_group_with_its_lambda(
     make: Callable[[], Training], rules: list[DecayRule]
 ) -> None:
-    model, optimizer, scheduler = make()
-    parents = [dict(group) for group in optimizer.param_groups]
+    model, optimizer, _ = make()
     wanted = first_match(model, rules)
-    split(model, optimizer, scheduler, rules)
-    assert len({group["name"] for group in optimizer.param_groups}) == len(optimizer.param_groups)
-    children = list(optimizer.param_groups)
-    for parent in parents:
-        order = [id(parameter) for parameter in parent["params"]]
-        mine = [group for group in children if id(group["params"][0]) in order]
+    before = layout(optimizer, model)
+    RuleDecay(model, [optimizer], rules=rules)
+    children = list(decay_groups(optimizer).groups)
+    assert layout(optimizer, model) == before
+    assert len({child.name for child in children}) == len(children)
+    for parent in optimizer.param_groups:
+        mine = [child for child in children if child.parent is parent]
         assert mine == children[: len(mine)]
         del children[: len(mine)]
-        assert sorted(id(p) for group in mine for p in group["params"]) == sorted(order)
-        for group in mine:
-            places = [order.index(id(parameter)) for parameter in group["params"]]
-            assert places == sorted(places)
-            assert {key: group[key] for key in group.keys() - OWN} == {key: parent[key] for key in parent.keys() - OWN}
-            for parameter in group["params"]:
+        assert sorted(place for child in mine for place in child.indices) == list(range(len(parent["params"])))
+        firsts = [child.indices[0] for child in mine]
+        assert firsts == sorted(firsts)
+        for child in mine:
+            assert child.indices == sorted(child.indices)
+            assert [id(parent["params"][place]) for place in child.indices] == list(map(id, child.params))
+            for parameter in child.params:
                 rule = wanted[id(parameter)]
-                assert group["rule"] == rule.name
-                own = parent["weight_decay"] * (1.0 if rule.multiplier is None else rule.multiplier)
-                assert group["weight_decay"] == (own if rule.weight_decay is None else rule.weight_decay)
-        assert len({(group["rule"], group["weight_decay"]) for group in mine}) == len(mine)
+                assert child.rule == rule.name
+                assert child.weight_decay == lambda_by_hand(rule, parent["weight_decay"])
+        assert len({(child.rule, child.weight_decay) for child in mine}) == len(mine)
     assert not children
 
 
+def groups_of_an_expert(
+    model: nn.Module, optimizer: Optimizer, rules: list[DecayRule]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Split groups by hand by rule and lambda; return each part with the group that it is of."""
+    wanted, found = first_match(model, rules), []
+    for parent in optimizer.param_groups:
+        parts: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for parameter in parent["params"]:
+            rule = wanted[id(parameter)]
+            parts.setdefault((rule.name, lambda_by_hand(rule, parent["weight_decay"])), []).append(parameter)
+        found += [({"params": part, "weight_decay": value}, parent) for (_, value), part in parts.items()]
+    return found
+
+
 @examples(60)
-@given(trainings(), rule_lists(), st.lists(st.booleans(), max_size=5))
-def test_split_and_merge_is_the_identity_whenever_it_happens(
-    make: Callable[[], Training], rules: list[DecayRule], merges: list[bool]
+@given(trainings(), rule_lists(), st.integers(1, 5))
+def test_it_trains_as_an_experts_groups_and_nobody_can_tell(
+    make: Callable[[], Training], rules: list[DecayRule], steps: int
 ) -> None:
     (model, optimizer, scheduler), (twin, twin_optimizer, twin_scheduler) = make(), make()
-    # groups without a lambda of their own, so that both train alike
-    groups = split(model, optimizer, scheduler, [replace(rule, weight_decay=None, multiplier=None) for rule in rules])
-    for merged in merges:
-        if merged:
-            groups.merge()
-            assert layout(optimizer, model) == layout(twin_optimizer, twin)
-            assert [list(g) for g in optimizer.param_groups] == [list(g) for g in twin_optimizer.param_groups]
-            assert state_of(scheduler) == state_of(twin_scheduler)
-            groups.restore()
+    expert, plain, _ = make()
+    by_hand = groups_of_an_expert(expert, plain, rules)
+    defaults = {key: value for key, value in plain.defaults.items() if key not in ("lr", "weight_decay")}
+    experts = type(plain)([{**parent, **own} for own, parent in by_hand], lr=0.1, **as_arguments(plain, defaults))
+    RuleDecay(model, [optimizer], rules=rules)
+    for _ in range(steps):
+        parents = {id(parent): now for parent, now in zip(plain.param_groups, optimizer.param_groups, strict=True)}
+        for group, (_, parent) in zip(experts.param_groups, by_hand, strict=True):
+            now = parents[id(parent)]
+            group.update({key: now[key] for key in now.keys() - {"params", "param_names", "weight_decay"}})
+        advance(expert, experts, None)
         advance(model, optimizer, scheduler)
         advance(twin, twin_optimizer, twin_scheduler)
-    groups.merge()
-    assert layout(optimizer, model) == layout(twin_optimizer, twin)
-    assert state_of(scheduler) == state_of(twin_scheduler)
-    assert_same_weights(model, twin)
+        assert_same_weights(model, expert)
+        assert layout(optimizer, model) == layout(twin_optimizer, twin)
+        assert [list(g) for g in optimizer.param_groups] == [list(g) for g in twin_optimizer.param_groups]
+        assert state_of(scheduler) == state_of(twin_scheduler)
+
+
+def as_arguments(optimizer: Optimizer, defaults: dict[str, Any]) -> dict[str, Any]:
+    names = inspect.signature(type(optimizer)).parameters
+    return {key: value for key, value in defaults.items() if key in names}
 
 
 @examples(30)
 @given(trainings(), rule_lists())
 def test_the_penalty_is_the_sum_over_the_parameters(make: Callable[[], Training], rules: list[DecayRule]) -> None:
-    model, optimizer, scheduler = make()
-    split(model, optimizer, scheduler, rules)
+    model, optimizer, _ = make()
     expected = math.fsum(
-        group["weight_decay"] / 2 * parameter.detach().double().square().sum().item()
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        own["weight_decay"] / 2 * parameter.detach().double().square().sum().item()
+        for own, _ in groups_of_an_expert(model, optimizer, rules)
+        for parameter in own["params"]
     )
-    assert float(l2_penalty(optimizer.param_groups)) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    RuleDecay(model, [optimizer], rules=rules)
+    assert float(l2_penalty(optimizer)) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 MULTIPLIER = st.floats(0.0, 100.0)
@@ -342,16 +359,18 @@ def extremes(schedule: Any) -> tuple[float, float]:
 @given(ANY)
 def test_a_schedule_stays_within_its_values_and_leaves_exempt_groups_at_0(schedule: Schedule) -> None:
     low, high = extremes(schedule)
-    exempt, decayed = {"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": 0.25}
-    for progress in GRID:
+    groups = [{"params": [torch.zeros(1)], "weight_decay": 0.0}, {"params": [torch.zeros(1)], "weight_decay": 0.25}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduled = ScheduledDecay(schedule, [optimizer], length=len(GRID))
+    for step, progress in enumerate(GRID):
         value = schedule(progress)
         assert type(value) is float
         assert low * (1 - 1e-12) <= value <= high * (1 + 1e-12)
-        for group in (exempt, decayed):
-            multiply_weight_decay(group, value)
-        assert math.copysign(1.0, exempt["weight_decay"]) == 1.0
-        assert exempt["weight_decay"] == 0.0
-        assert decayed["weight_decay"] == 0.25 * value
+        scheduled.set(step)
+        exempt, decayed = (group.weight_decay for group in decay_groups(optimizer).groups)
+        assert math.copysign(1.0, exempt) == 1.0
+        assert exempt == 0.0
+        assert decayed == 0.25 * value
 
 
 @examples(60)

@@ -24,8 +24,8 @@ from lightning_l2.callbacks.trainer_access import (
 )
 from lightning_l2.callbacks.training_length import training_setup
 from lightning_l2.convert import Conversion
-from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.decay.penalty import L2Objective, Penalised
+from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.parameters import is_undecided
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.both_packages import derive_from_both
 from lightning_l2.optimizers.inner import updating_optimizers
@@ -18,6 +19,7 @@ from lightning_l2.optimizers.step_hook import gradients_are_complete, tell_once,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import FrameType
 
 
 # Windows of batches without an update after which something must be wrong.
@@ -52,9 +54,11 @@ class IdleWatch:
 
     def count(self, trainer: Any, batch: Any) -> None:
         """Count a batch that has ended, if it closed a window that led to a step."""
+        if self._has_updated:
+            return
         automatic, steps = trainer.lightning_module.automatic_optimization, self._steps
         self._steps = trainer.global_step
-        if self._has_updated or (self._steps == steps if automatic else batch is None):
+        if self._steps == steps if automatic else batch is None:
             return
         self._windows += 1
         self._has_updated = any(updates_of(optimizer) for optimizer in optimizers_in_use(trainer))
@@ -182,8 +186,21 @@ def bare_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
 
 def optimizers_in_use(trainer: Any) -> list[torch.optim.Optimizer]:
     """Return the optimizers that update the module's parameters: of wrapped ones the innermost, looked up afresh."""
+    found = trainer.optimizers
+    known = _IN_USE.get(trainer)
+    if known is not None and len(known) == len(found) and all(map(operator.is_, known, found)):
+        return known
     bare = bare_optimizers(trainer)
-    return bare if splits_early(trainer) else updating_optimizers(bare)
+    if splits_early(trainer):
+        return bare
+    updating = updating_optimizers(bare)
+    if len(updating) == len(found) and all(map(operator.is_, updating, found)):
+        _IN_USE[trainer] = updating  # nothing is wrapped, as nearly always
+    return updating
+
+
+# by Trainer, its optimizers where none is wrapped
+_IN_USE: weakref.WeakKeyDictionary[Any, list[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
 
 
 def tell_of_gradients(trainer: Any, optimizer: Any, teller: object, *, is_unscaled: bool = False) -> None:
@@ -239,11 +256,11 @@ def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any]], None]) -
 
 def callbacks_of_trainer_in_the_making() -> list[Any]:
     """Return the callbacks of the Trainer whose constructor asks for more of them, by a function without arguments."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "on_trainer_init":
             return frame.f_locals["self"].trainer.callbacks  # type: ignore[no-any-return]
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return []
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2.arguments import check_types
 from lightning_l2.callbacks.trainer_access import (
@@ -29,13 +29,14 @@ from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.param_groups.resume import OnResume, Resuming
 from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
 from lightning_l2.parameters import is_undecided
-from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
+from lightning_l2.rules import DecayRule, decayed_exemptions, resolve_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import lightning.pytorch as pl
     from torch.optim import Optimizer
+
 
 class WeightDecay(Callback):
     r"""Give each parameter its own weight decay by rules, whatever optimizer the module has.
@@ -139,7 +140,7 @@ class WeightDecay(Callback):
                 "Return an optimizer, or remove the callback."
             )
         if not is_undecided(pl_module):
-            assign_rules(pl_module, self.rules, trainer.model)
+            _warn_of_decayed(decayed_exemptions(pl_module, self.rules, trainer.model))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide after every restore; lazy parameters have to wait for their shape."""
@@ -180,7 +181,8 @@ class WeightDecay(Callback):
         """Couple before clipping; decide on lazy parameters where a module calls `backward` itself."""
         if self._fit is None:
             return
-        self._follow(trainer)
+        if not self._fit.is_decided:
+            self._follow(trainer)
         if self.before_clipping:
             tell_of_gradients(trainer, optimizer, self)
 
@@ -216,7 +218,7 @@ class WeightDecay(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the checkpoint's base lambdas, for `on_resume`; it may be one that was made without this callback."""
+        """Remember the checkpoint's base lambdas, for `on_resume`, if it was made with this callback."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         self._resuming.has_restored = True
         self._resuming.restored = None if state is None else dict(state["weight_decay"])
@@ -224,7 +226,7 @@ class WeightDecay(Callback):
     def _follow(self, trainer: pl.Trainer) -> None:
         if self._fit is None:
             return
-        decided = self._fit.decide()
+        decided = not self._fit.is_decided and self._fit.decide()
         changed = self._fit.follow(optimizers_in_use(trainer)) or decided or self._fit.version != self._version
         if changed and self._fit.is_decided:
             self._show(trainer, self._fit)
@@ -281,6 +283,15 @@ class WeightDecay(Callback):
         if self._fit is not None:
             self._fit.remove()
             self._fit = None
+
+
+def _warn_of_decayed(names_by_rule: Mapping[str, list[str]]) -> None:
+    for rule, names in names_by_rule.items():
+        rank_zero_warn(
+            f"Rule {rule!r} decays {len(names)} parameters that the default exempts, such as {names[0]!r}. Put the "
+            "preset 'exempt' before it, rules=['exempt', ...], to leave biases and normalisations alone."
+        )
+        return
 
 
 def _write(path: str | Path, summary: list[GroupSummary]) -> None:

@@ -133,7 +133,8 @@ class WeightDecayScheduler(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Set lambda of the coming step, once learning-rate schedulers have moved, in all groups that there are."""
         if self._fit is not None:
-            self._check(trainer)
+            if not self._is_checked:
+                self._check(trainer)
             self._set(trainer)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -247,10 +248,9 @@ class WeightDecayScheduler(Callback):
 
     def _metric(self, trainer: pl.Trainer) -> Tensor | None:
         """Return the metric that the schedule reads, the same object as long as nobody logs it again."""
-        if self._fit is None or not isinstance(self.schedule, FeedbackSchedule) or self.schedule.reads != "metric":
-            return None
-        schedule: Any = self.schedule
-        return trainer.callback_metrics.get(schedule.monitor)
+        name = getattr(self.schedule, "monitor", None)
+        reads = self._fit is not None and getattr(self.schedule, "reads", None) == "metric"
+        return trainer.callback_metrics.get(name) if reads and name is not None else None
 
     def _keep_identity(self, trainer: pl.Trainer) -> None:
         """Know a value again that was read at the end of a validation, when the Trainer had not put it away yet."""
@@ -259,13 +259,12 @@ class WeightDecayScheduler(Callback):
 
     def _observe(self, trainer: pl.Trainer, *, warns: bool = False) -> None:
         """Let a schedule that reads a metric see a value that is new."""
-        schedule: Any = self.schedule
-        if self._fit is None or not isinstance(schedule, FeedbackSchedule) or schedule.reads != "metric":
+        if self._fit is None or getattr(self.schedule, "reads", None) != "metric":
             return
         value = self._metric(trainer)
         if value is None and warns:
             rank_zero_warn(
-                f"{type(schedule).__name__} monitors {schedule.monitor!r}, which is not among the metrics "
+                f"{type(self.schedule).__name__} monitors {getattr(self.schedule, 'monitor', None)!r}, which is not among the metrics "
                 f"{sorted(trainer.callback_metrics)}. Weight decay stays as it is."
             )
         if value is None or value is self._observed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_l2.decay.attach import Apply, attach_decay, check_groups, check_options
 from lightning_l2.optimizers.step_hook import Attachments
 from lightning_l2.param_groups.bases import RuleBases
-from lightning_l2.param_groups.decay_groups import decay_groups, decay_groups_of
+from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.param_groups.resume import Resuming
 from lightning_l2.param_groups.summary import GroupSummary, summarize
 from lightning_l2.parameters import is_undecided
@@ -83,6 +84,7 @@ class RuleDecay:
         self._attach = partial(attach_decay, apply=apply, before_clipping=before_clipping, peak_lr=peak_lr)
         self._attached: Attachments[OptimizersOwn | Way] = Attachments(self._begin, look)
         self.optimizers: list[Optimizer] = []
+        self._groups: list[DecayGroups] = []
         self._resuming.take_over(optimizers)
         self.decide()
         self.follow(optimizers)
@@ -95,12 +97,12 @@ class RuleDecay:
     @property
     def updates(self) -> int:
         """How many updates the optimizers have made."""
-        return sum(decay_groups(optimizer).updates for optimizer in self.optimizers)
+        return sum(one.updates for one in self._groups)
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> list[int]:
         """What changes when groups or their parameters do."""
-        return tuple(decay_groups(optimizer).version for optimizer in self.optimizers)
+        return [one.version for one in self._groups]
 
     def decide(self) -> bool:
         """Let rules decide, if they haven't and no parameter is lazy any more; return whether they did."""
@@ -114,10 +116,10 @@ class RuleDecay:
     def follow(self, optimizers: Sequence[Optimizer]) -> bool:
         """Go over to other optimizers; return whether they are others."""
         known = self.optimizers
-        if len(known) == len(optimizers) and all(a is b for a, b in zip(known, optimizers, strict=True)):
+        if len(known) == len(optimizers) and all(map(operator.is_, known, optimizers)):
             return False
         self.optimizers = list(optimizers)
-        decay_groups_of(optimizers)
+        self._groups = decay_groups_of(optimizers)
         return self._attached.follow(optimizers)
 
     def summary(self) -> list[GroupSummary]:

@@ -61,7 +61,8 @@ class ScheduledDecay:
         self._values = values
         self._memory = {} if memory is None else memory
         self._attached = Attachments(_Written if writes else self._attach, look)
-        self._seen_updates: dict[int, int] = {}
+        self._groups: list[DecayGroups] = []
+        self._updates: list[int] = []
         if isinstance(schedule, Schedule):
             probe(schedule, length)
         self.follow(optimizers)
@@ -71,7 +72,8 @@ class ScheduledDecay:
         if not self._attached.follow(optimizers):
             return False
         self.optimizers = list(optimizers)
-        decay_groups_of(optimizers)
+        self._groups = decay_groups_of(optimizers)
+        self._updates = [one.updates for one in self._groups]
         return True
 
     def check(self) -> None:
@@ -95,21 +97,26 @@ class ScheduledDecay:
             index: How many there were before.
             only_updated: Leave alone optimizers that haven't updated since the last call.
         """
-        optimizers = [one for one in self.optimizers if self._has_updated(one) or not only_updated]
+        groups = self._groups
+        updates = [one.updates for one in groups]
+        if only_updated:
+            groups = [one for one, now, before in zip(groups, updates, self._updates, strict=True) if now != before]
+        self._updates = updates
         if isinstance(self._schedule, FeedbackSchedule):
-            for optimizer in optimizers:
+            for one in groups:
                 if self._schedule.reads == "lr":
-                    self.read(optimizer)
+                    self.read(one.optimizer)
                 else:
-                    self._repeat(optimizer)
+                    self._repeat(one.optimizer)
             return
         value = float(self._schedule(min(1.0, index / max(1, self._length - 1))))
-        strongest = self.strongest() if self._values == "weight_decay" else 1.0
-        for optimizer in optimizers:
-            if self._values == "multiplier":
-                decay_groups(optimizer).multiply(value)
-            else:
-                decay_groups(optimizer).multiply(value / strongest if strongest else 0.0, (value, strongest))
+        if self._values == "multiplier":
+            for one in groups:
+                one.multiply(value)
+            return
+        strongest = self.strongest()
+        for one in groups:
+            one.multiply(value / strongest if strongest else 0.0, (value, strongest))
 
     def read(self, optimizer: Optimizer, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ask a feedback schedule for the multipliers of an optimizer's groups, and put them in force."""
@@ -134,12 +141,6 @@ class ScheduledDecay:
     def _repeat(self, optimizer: Optimizer) -> None:
         """Put in force what a feedback schedule gave last; 1 before it was asked, so that followers find one."""
         decay_groups(optimizer).multiply(self._memory.get(self._number(optimizer), {}).get("multipliers") or [1.0])
-
-    def _has_updated(self, optimizer: Optimizer) -> bool:
-        updates = decay_groups(optimizer).updates
-        before = self._seen_updates.get(id(optimizer), 0)
-        self._seen_updates[id(optimizer)] = updates
-        return updates != before
 
     def _number(self, optimizer: Optimizer) -> int:
         return next(number for number, one in enumerate(self.optimizers) if one is optimizer)
@@ -203,13 +204,12 @@ class _View:
 
 
 @cache
-def _view_class(kind: type) -> type:
+def _view_class(kind: Any) -> Any:
     return type(kind.__name__, (_View, kind), {})
 
 
 def _view(optimizer: Any) -> Any:
-    kind = _view_class(type(optimizer))
-    view = object.__new__(kind)
+    view: Any = object.__new__(_view_class(type(optimizer)))
     vars(view).update(
         state=optimizer.state,
         defaults=getattr(optimizer, "defaults", {}),

@@ -12,6 +12,7 @@ For each optimizer, whatever the order in which it was attached:
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from types import MethodType
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, T
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
+from lightning_l2.optimizers.facts import torch_class
 from lightning_l2.optimizers.inner import check_hookable
 from lightning_l2.sharding import local_part
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from torch.utils.hooks import RemovableHandle
 
 Closure: TypeAlias = Callable[[], Any]
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -190,12 +192,14 @@ class Attachments(Generic[_Attached]):
         self._optimizers: list[Any] = []
         self._attached: list[_Attached] = []
         self._look = look
-        self._watch = None if look is None else register_optimizer_step_pre_hook(_uncompiled(self._on_any_step))
+        if look is not None:
+            _WATCHING.append(self)
+            _watch()
 
     def follow(self, optimizers: Sequence[Any]) -> bool:
         """Attach to the optimizers that are new, take off those that are gone; return whether there were any."""
         known = self._optimizers
-        if len(known) == len(optimizers) and all(a is b for a, b in zip(known, optimizers, strict=True)):
+        if len(known) == len(optimizers) and all(map(operator.is_, known, optimizers)):
             return False
         before = {id(one): attached for one, attached in zip(known, self._attached, strict=True)}
         kept = [before.pop(id(one), None) for one in optimizers]
@@ -217,18 +221,37 @@ class Attachments(Generic[_Attached]):
 
     def remove(self) -> None:
         """Take everything off."""
-        if self._watch is not None:
-            self._watch.remove()
+        if self in _WATCHING:
+            _WATCHING.remove(self)
+            _watch()
         for attached in self._attached:
             attached.remove()
         self._optimizers, self._attached = [], []
 
-    def _on_any_step(self, optimizer: Any, *_: Any) -> None:
-        if self._look is not None and not any(one is optimizer for one in self._optimizers):
+    def look_for(self, optimizer: Any) -> None:
+        """Follow the optimizers that there are now, if this one is none of those before."""
+        if self._look is not None and all(one is not optimizer for one in self._optimizers):
             self._look()
-        step = vars(optimizer).get(_STEP)
-        if step is not None:
-            step.be_last()
+
+
+_WATCHING: list[Attachments[Any]] = []
+_GLOBAL: list[RemovableHandle] = []
+
+
+def _watch() -> None:
+    """Have all optimizers' steps watched as long as somebody wants it."""
+    if _WATCHING and not _GLOBAL:
+        _GLOBAL.append(register_optimizer_step_pre_hook(_uncompiled(_on_any_step)))
+    elif not _WATCHING and _GLOBAL:
+        _GLOBAL.pop().remove()
+
+
+def _on_any_step(optimizer: Any, *_: Any) -> None:
+    for attachments in list(_WATCHING):
+        attachments.look_for(optimizer)
+    step = vars(optimizer).get(_STEP)
+    if step is not None:
+        step.be_last()
 
 
 class _Step:
@@ -238,6 +261,7 @@ class _Step:
         self.layout: Layout | None = None
         self.updates = 0
         self.is_told = False
+        self._is_torchs = torch_class(optimizer) is not None
         self._optimizer = optimizer
         self._hooks: list[StepHook] = []
         # what acts in each step under way, the innermost last; nothing in one that torch.distributed makes
@@ -292,7 +316,6 @@ class _Step:
             self._guard.remove()
             vars(self._optimizer).pop(_STEP, None)
 
-    @torch.no_grad()
     def _on_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None and _takes_state(self._optimizer):
@@ -300,15 +323,17 @@ class _Step:
             return None
         if self.layout is not None:
             self.layout.leave(self._optimizer)
-        acting = list(self._hooks)
+        acting = self._hooks  # another list once one comes or goes
         self._running.append(acting)
-        for hook in acting:
-            hook.begin(has_closure=closure is not None)
+        if acting:
+            with torch.no_grad():
+                for hook in acting:
+                    hook.begin(has_closure=closure is not None)
         if closure is None:
             self._before_update(acting)
             return None
-        # An optimizer may read its groups before it asks for the gradient, or while.
-        if self.layout is not None:
+        # An optimizer may read its groups before it asks for the gradient, or while; torch's own don't.
+        if self.layout is not None and not self._is_torchs:
             self.layout.enter(self._optimizer)
         acts = functools.partial(self._evaluate, acting, closure)
         return ((args[0], acts, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": acts})
@@ -320,20 +345,22 @@ class _Step:
         for hook in acting:
             hook.before_closure()
         loss = closure()
-        with torch.no_grad():
-            for hook in acting:
-                loss = hook.objective(loss)
-            self._before_update(acting)
+        if acting:
+            with torch.no_grad():
+                for hook in acting:
+                    loss = hook.objective(loss)
+        self._before_update(acting)
         return loss
 
     def _before_update(self, acting: list[StepHook]) -> None:
-        for hook in acting:
-            hook.before_update()
+        if acting:
+            with torch.no_grad():
+                for hook in acting:
+                    hook.before_update()
         self._told.clear()
         if self.layout is not None:
             self.layout.enter(self._optimizer)
 
-    @torch.no_grad()
     def _on_stepped(self, *_: Any) -> None:
         acting = self._running.pop() if self._running else []
         if acting is None:
@@ -341,9 +368,11 @@ class _Step:
         self.updates += 1
         if self.layout is not None:
             self.layout.leave(self._optimizer, has_updated=True)
-        for hook in acting:
-            if hook in self._hooks:
-                hook.after_update()
+        if acting:
+            with torch.no_grad():
+                for hook in acting:
+                    if hook in self._hooks:
+                        hook.after_update()
 
 
 class _Guard:
@@ -364,7 +393,8 @@ class _Guard:
 
         self._own = own
         # a method, as those expect who wrap it once more
-        self._method = optimizer.step = MethodType(torch.compiler.disable(guarded, recursive=False), optimizer)
+        skip: Callable[..., Any] = torch.compiler.disable
+        self._method = optimizer.step = MethodType(skip(guarded, recursive=False), optimizer)
 
     def remove(self) -> None:
         """Take it off, unless somebody wrapped it since, whom it then does no harm."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.optimizers.step_hook import step_of
@@ -69,13 +69,13 @@ class DecayGroup:
         params: Its parameters that decay alike, in their order.
         indices: Their places in the group.
         decisions: What was decided on each, none where no rule was asked.
-        name: A unique name over all optimizers of a module.
-        multiplier: What schedules multiply lambda with.
-        scheduled: Lambda that a schedule gives in place of the product.
-        fixed: The base of a group that lambda in force is written into.
-        own_options: Options that the optimizer gave to this part only, with the parent's at that time.
-        child: What stands for it while the optimizer updates: the same object each time, as compiled steps expect.
         configured: The parent's weight decay as a checkpoint restored it, and what holds until somebody changes that.
+        given: The base, where it does not follow from the parent's weight decay.
+        multiplier: What schedules multiply lambda with.
+        absolute: Lambda of groups with the strongest base and that base, where a schedule gives those.
+        name: A unique name over all optimizers of a module.
+        child: What stands for it while the optimizer updates: the same object each time, as compiled steps expect.
+        own_options: Options that the optimizer gave to this part only, with the parent's at that time.
     """
 
     parent: dict[str, Any]
@@ -83,11 +83,11 @@ class DecayGroup:
     indices: list[int]
     decisions: list[Decision]
     configured: tuple[Any, float] | None = None
-    child: dict[str, Any] | None = None
-    name: str = ""
+    given: float | None = None
     multiplier: float = 1.0
-    scheduled: float | None = None
-    fixed: float | None = None
+    absolute: tuple[float, float] | None = None
+    name: str = ""
+    child: dict[str, Any] | None = None
     own_options: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -109,31 +109,21 @@ class DecayGroup:
     @property
     def base(self) -> Any:
         """Lambda before any schedule: a number, or what else the user's group holds."""
-        if self.fixed is not None:
-            return self.fixed
-        rule, base = self.decisions[0][2:] if self.decisions else (None, None)
-        if base is not None:
-            return base
+        if self.given is not None:
+            return self.given
         own = self.parent.get("weight_decay", 0.0)
         if self.configured is not None and own == self.configured[0]:
             own = self.configured[1]
-        if rule is None:
-            return own
-        if rule.weight_decay is not None:
-            return rule.weight_decay
-        return own if rule.multiplier is None else own * rule.multiplier
+        rule = self.decisions[0].rule if self.decisions else None
+        return own if rule is None or rule.multiplier is None else own * rule.multiplier
 
     @property
     def weight_decay(self) -> Any:
         """Lambda in force, in the coming step."""
-        if self.scheduled is not None:
-            return self.scheduled
+        if self.absolute is not None:
+            value, strongest = self.absolute
+            return value * (self.base / strongest) if strongest else 0.0
         return self.base * self.multiplier if self.multiplier != 1.0 else self.base
-
-    @property
-    def can_decay(self) -> bool:
-        """Whether its optimizer, or a rule, says anything about its weight decay."""
-        return "weight_decay" in self.parent or any(decision.base is not None for decision in self.decisions)
 
 
 class _Family(NamedTuple):
@@ -173,6 +163,7 @@ class DecayGroups:
         self._configured: Sequence[tuple[Any, float]] = ()
         self._families: dict[int, _Family] = {}
         self._multiplier = 1.0
+        self._absolute: tuple[float, float] | None = None
         self._fixed: Sequence[float] = ()
         self._is_told = False
         self._named_for: tuple[int, ...] = ()
@@ -259,14 +250,18 @@ class DecayGroups:
             absolute: Lambda of parts with the strongest base, and that base, where a schedule says that; others follow
                 in proportion.
         """
-        groups = self.unnamed()
-        several = [multipliers] * len(groups) if isinstance(multipliers, int | float) else list(multipliers)
-        self._multiplier = several[-1] if several else 1.0
-        self.is_scheduled = True
-        several += [self._multiplier] * (len(groups) - len(several))
-        for group, multiplier in zip(groups, several, strict=False):
-            group.multiplier = multiplier
-            group.scheduled = absolute[0] * (group.base / absolute[1]) if absolute and absolute[1] else None
+        self.is_scheduled, self._absolute = True, absolute
+        if isinstance(multipliers, int | float):
+            self._multiplier = multipliers
+            for family in self._families.values():
+                for group in family.groups:
+                    group.multiplier, group.absolute = multipliers, absolute
+        else:
+            groups = self.unnamed()
+            self._multiplier = multipliers[-1] if multipliers else 1.0
+            late = [self._multiplier] * (len(groups) - len(multipliers))
+            for group, multiplier in zip(groups, [*multipliers, *late], strict=False):
+                group.multiplier, group.absolute = multiplier, absolute
         if self._fixed:
             self.write()
 
@@ -300,7 +295,7 @@ class DecayGroups:
         self._holders.discard(id(holder))
         if not self._holders and self.optimizer is not None:
             step_of(self.optimizer, "DecayGroups").set_layout(None)
-            self._siblings, self._multiplier, self.is_scheduled = (), 1.0, False
+            self._siblings, self._multiplier, self._absolute, self.is_scheduled = (), 1.0, None, False
             self.decide(None)
 
     def fix(self, bases: Sequence[float]) -> None:
@@ -333,8 +328,11 @@ class DecayGroups:
         for places in members.values() or [[]]:
             params = [parent["params"][place] for place in places]
             group = DecayGroup(parent, params, places, [decided[place] for place in places if decided], configured)
-            group.multiplier = before.get(group.label, self._multiplier)
-            group.fixed = self._fixed[index] if index < len(self._fixed) else None
+            if index < len(self._fixed):
+                group.given = self._fixed[index]
+            elif group.decisions:
+                group.given = _given(group.decisions[0])
+            group.multiplier, group.absolute = before.get(group.label, self._multiplier), self._absolute
             groups.append(group)
         return _Family(parent, list(parent["params"]), parent.get("weight_decay"), groups)
 
@@ -350,6 +348,11 @@ class DecayGroups:
             f"{', '.join(f'{group.name or group.label} {group.base:g}' for group in family.groups)}. "
             "Use WeightDecay() without a value to decay as the groups say, or a WeightDecayScheduler."
         )
+
+
+def _given(decision: Decision) -> float | None:
+    """Return the base that a rule gives whatever the group says."""
+    return decision.rule.weight_decay if decision.base is None and decision.rule is not None else decision.base
 
 
 def _key(decision: Decision) -> tuple[Any, ...]:
@@ -417,4 +420,3 @@ def weight_decay_in_force(optimizer: Any) -> dict[str, float]:
     if any(len(one.siblings) < len(found) for one in found):
         found = decay_groups_of([one.optimizer for one in found])
     return {group.name: float(group.weight_decay) for one in found for group in one.groups}
-

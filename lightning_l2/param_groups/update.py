@@ -84,43 +84,42 @@ class GroupSwap:
         parent.update((key, self.in_step[key]) for key in hidden)
 
     def _parts(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
-        parent = family[0].parent
-        if len(family) == 1 and not self.in_step and family[0].weight_decay is parent.get("weight_decay", 0.0):
-            return [parent]
+        parent, in_step = family[0].parent, self.in_step
         if "weight_decay" not in parent:
+            return [parent]
+        if len(family) == 1 and not in_step and family[0].weight_decay is parent["weight_decay"]:
             return [parent]
         children = []
         for group in family:
-            child = self._child(group)
-            _fill(child, parent)
-            for key, (value, of_parent) in group.own_options.items():
-                if parent.get(key) is of_parent:
-                    child[key] = value
+            child = group.child
+            if child is None:
+                # torch's own optimizers read all groups
+                child = group.child = _Noting() if torch_class(self._groups.optimizer) is None else {}
+            elif len(child) != len(parent):
+                child.clear()
+            child.update(parent)
+            if group.own_options:
+                child.update((key, own) for key, (own, then) in group.own_options.items() if parent.get(key) is then)
             child["params"] = group.params
             if "param_names" in parent:
                 child["param_names"] = [parent["param_names"][index] for index in group.indices]
             child["weight_decay"] = group.weight_decay
-            child.update((key, value) for key, value in self.in_step.items() if key in child)
+            if in_step:
+                child.update((key, value) for key, value in in_step.items() if key in child)
             children.append(child)
         return children
-
-    def _child(self, group: DecayGroup) -> dict[str, Any]:
-        if group.child is None:
-            # torch's own optimizers read all groups
-            group.child = _Noting() if torch_class(self._groups.optimizer) is None else {}
-        return group.child
 
 
 def _check_all_were_read(optimizer: Optimizer, given: list[_Given], children: list[dict[str, Any]]) -> None:
     """Refuse an optimizer that goes by a list of its own, as long as the user's groups, in its first update."""
-    noting = [child for one in given for child in one.children if isinstance(child, _Noting)]
+    noting = [child for one in given if one.versions for child in one.children if isinstance(child, _Noting)]
     if not any(child.was_read for child in noting) and not any(one.has_moved() for one in given):
         return
     unread = [child for child in noting if not child.was_read and dict.__getitem__(child, "params")]
     if unread:
         raise RuntimeError(
-            f"{type(optimizer).__name__} looked at {len(children) - len(unread)} of {len(children)} parameter groups in "
-            "its update: it goes by a list of its own, made for the groups that it was built with. Use "
+            f"{type(optimizer).__name__} updated by {len(children) - len(unread)} of {len(children)} parameter groups: "
+            "it goes by a list of its own, made for the groups that it was built with. Use "
             "WeightDecay(apply='decoupled'), or another `apply`, which needs no groups."
         )
     for one in given:
@@ -131,33 +130,37 @@ def _check_all_were_read(optimizer: Optimizer, given: list[_Given], children: li
 class _Given:
     """The children of a parent as they were when the update began."""
 
+    __slots__ = ("children", "family", "parent", "values", "versions")
+
     def __init__(self, parent: dict[str, Any], family: list[DecayGroup], children: list[dict[str, Any]]) -> None:
         self.parent, self.family, self.children = parent, family, children
-        self.values = [_values(child) for child in children]
-        is_noting = any(isinstance(child, _Noting) for child in children)
-        self._versions = [parameter._version for parameter in parent["params"]] if is_noting else []
+        self.values = [list(dict.values(child)) for child in children]
+        self.versions: list[int] = []
+        if type(children[0]) is _Noting:
+            self.versions = [parameter._version for parameter in parent["params"]]
 
     def has_moved(self) -> bool:
         """Return whether any of the parameters was changed in place since, as far as torch counts that."""
-        versions = zip(self._versions, self.parent["params"], strict=False)
+        versions = zip(self.versions, self.parent["params"], strict=False)
         return any(version != parameter._version for version, parameter in versions)
 
     def take_back(self) -> None:
         """Give the parent what was written into its children."""
-        if all(
-            len(child) == len(values) and all(map(operator.is_, _values(child), values))
-            for child, values in zip(self.children, self.values, strict=True)
-        ):
-            return
+        for child, values in zip(self.children, self.values, strict=True):
+            if len(child) != len(values) or not all(map(operator.is_, dict.values(child), values)):
+                self._take_written()
+                return
+
+    def _take_written(self) -> None:
         written: set[str] = set()
         for child, values in zip(self.children, self.values, strict=True):
             written.update(list(child)[len(values) :])
-            written.update(key for key, now, then in zip(child, _values(child), values, strict=False) if now is not then)
+            written.update(key for (key, now), then in zip(child.items(), values, strict=False) if now is not then)
         for key in written - OWN_KEYS:
             first = self.children[0].get(key)
             self.parent[key] = first
             differ = any(not _same(child.get(key), first) for child in self.children)
-            for group, child in zip(self.family, self.children, strict=False):
+            for group, child in zip(self.family, self.children, strict=True):
                 if differ:
                     group.own_options[key] = child.get(key), first
                 else:
@@ -184,16 +187,6 @@ class _Noting(dict[str, Any]):
     def values(self) -> Any:
         self.was_read = True
         return super().values()
-
-
-def _values(child: dict[str, Any]) -> list[Any]:
-    return list(dict.values(child))
-
-
-def _fill(child: dict[str, Any], parent: dict[str, Any]) -> None:
-    if len(child) != len(parent):
-        child.clear()
-    child.update(parent)
 
 
 def _same(one: Any, other: Any) -> bool:

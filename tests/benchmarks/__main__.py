@@ -45,6 +45,7 @@ def main() -> None:
         penalty.penalties(device)
     if "scheduling" in chosen:
         scheduling.scheduling()
+        scheduling.many_lambdas()
     if "memory" in chosen:
         memory.memory(device)
     if "synchronisation" in chosen and device.type == "cuda":
