@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_l2.constrained_vectors import ConstrainedVectors
-from lightning_l2.constraints import constrain_, lagrangian_multipliers
+from lightning_l2.constraints import Method, Projection, constrain_
 from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_l2.constrained_vectors import Per
 
 Memory = dict[str, dict[str, float]]
+PROJECTION = Projection()
 
 
 class AttachedConstraint(StepHook):
@@ -34,7 +35,7 @@ class AttachedConstraint(StepHook):
             undecided.
         bound: Where the bounds come from.
         per: "parameter", "row" or "group"; see `ConstrainedVectors`.
-        update_rate: Scale of the multipliers' rates; None: project.
+        method: How norms are held at their bounds.
         memory: What bounds and multipliers remember, by parameter name and quantity; read where parameters are new,
             written by `memorise`. A group shares its memory among its parameters, and takes that of its first.
         shards: The process group that FSDP1 has spread a parameter over, by the parameter's `id`.
@@ -62,7 +63,7 @@ class AttachedConstraint(StepHook):
         bound: Bound,
         *,
         per: Per = "parameter",
-        update_rate: float | None = None,
+        method: Method = PROJECTION,
         memory: Memory | None = None,
         shards: Mapping[int, ProcessGroup] | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class AttachedConstraint(StepHook):
         self._names = names
         self._bound = bound
         self._per: Per = per
-        self._update_rate = update_rate
+        self._method = method
         self._memory = memory if memory is not None else {}
         self._shards = shards or {}
         self._layout: tuple[int, list[bool]] | None = None
@@ -109,9 +110,14 @@ class AttachedConstraint(StepHook):
                 for name in members:
                     self._memory.setdefault(name, {})[key] = value
 
+    @property
+    def quantities(self) -> list[str]:
+        """What the rows of `readout` are."""
+        return ["bound", "slack", *([self._method.quantity] if self._method.quantity else [])]
+
     @torch.no_grad()
     def readout(self) -> Tensor | None:
-        """Return bounds, slacks and multipliers, if any, of the last step, as rows of one entry a label.
+        """Return bounds, slacks and what else the method remembers of the last step, as rows of one entry a label.
 
         A slack is the bound minus the norm between the optimizer's step and the constraint, the smallest one of rows.
         """
@@ -127,7 +133,7 @@ class AttachedConstraint(StepHook):
             if any(hasattr(tensor, "placements") for tensor in self._vectors.tensors):
                 dist.all_reduce(slacks, dist.ReduceOp.MIN)
         table = [bounds.expand_as(slacks), slacks]
-        return torch.stack([*table, self._state["multiplier"]] if self._update_rate is not None else table)
+        return torch.stack([*table, self._state[self._method.quantity]] if self._method.quantity else table)
 
     @property
     def undecided(self) -> bool:
@@ -142,9 +148,7 @@ class AttachedConstraint(StepHook):
             found_inf = getattr(self.optimizer, "found_inf", None)
             stepped = None if found_inf is None else (found_inf == 0).reshape(())
             before = self._state
-            self._state, squares = constrain_(
-                self._vectors, before, self._bound, update_rate=self._update_rate, stepped=stepped
-            )
+            self._state, squares = constrain_(self._vectors, before, self._bound, self._method, stepped=stepped)
             self._last = before, squares
 
     def _take_up(self, groups: list[tuple[str, list[Tensor]]], names: Mapping[Tensor, str | None]) -> None:
@@ -167,9 +171,9 @@ class AttachedConstraint(StepHook):
         """Return the state before the first step of each vector, or the one remembered of it."""
         squares = vectors.squares()
         state = dict(self._bound.start(squares.sqrt()))
-        if self._update_rate is not None:
-            state["multiplier"] = torch.zeros_like(squares)
-            self._check_multipliers(vectors, squares, state)
+        self._check_first(vectors, squares, state)
+        if self._method.quantity:
+            state[self._method.quantity] = torch.zeros_like(squares)
         for key, values in state.items():
             known = [self._memory.get(members[0], {}).get(key) for members in self._members]
             if any(value is not None for value in known):
@@ -187,20 +191,23 @@ class AttachedConstraint(StepHook):
                 "Exempt it by a rule with weight_decay=0, or use a number or WarmupBound as the bound."
             )
 
-    def _check_multipliers(self, vectors: ConstrainedVectors, squares: Tensor, state: State) -> None:
-        """Refuse a Lagrangian whose first step would turn weights around, and whose next ones let them explode."""
-        rates = (self._update_rate or 0.0) * vectors.rates
-        first = lagrangian_multipliers(state["multiplier"], squares, self._bound.bounds(state), rates).tolist()
-        wild = {
-            label: value
-            for label, members, value in zip(self.labels, self._members, first, strict=True)
-            if value >= 1 and members[0] not in self._memory
-        }
+    def _check_first(self, vectors: ConstrainedVectors, squares: Tensor, state: State) -> None:
+        """Refuse a method whose first step would turn weights around."""
+        shares = self._method.first(vectors, squares, self._bound.bounds(state))
+        wild = (
+            {
+                label: share
+                for label, members, share in zip(self.labels, self._members, shares.tolist(), strict=True)
+                if share >= 1 and members[0] not in self._memory
+            }
+            if shares is not None
+            else {}
+        )
         if wild:
             raise RuntimeError(
                 f"The weights of {_listed(list(wild))} are so far outside of {self._bound} that the first multiplier "
                 f"would be {max(wild.values()):.3g}, and 1 or more turns them around. Use a larger bound, an "
-                f"update_rate below {(self._update_rate or 0.0) / max(wild.values()):.2g}, or method='projection'."
+                f"update_rate {max(wild.values()):.2g} times smaller, or method='projection'."
             )
 
 

@@ -13,7 +13,9 @@ Optimization through Constrained Parameter Regularization", arXiv 2311.09058, 20
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -97,39 +99,90 @@ def lagrangian_multipliers(
     return (multipliers + 0.5 * rates * (squares - bounds * bounds)).clamp(min=0)
 
 
+class Method(ABC):
+    """What holds norms at their bounds after a step of the optimizer; derive a final, frozen dataclass.
+
+    What a method remembers of each vector goes into the state, under a name that is logged beside the bound.
+
+    Attributes:
+        quantity: That name, empty where it remembers nothing.
+    """
+
+    quantity: ClassVar[str] = ""
+
+    @abstractmethod
+    def factors(self, vectors: ConstrainedVectors, squares: Tensor, bounds: Tensor | float, state: State) -> Tensor:
+        """Return what each vector is scaled with, 1-D, and put into `state` what the coming step goes by.
+
+        Args:
+            vectors: The constrained vectors.
+            squares: Their squared L2 norms, 1-D.
+            bounds: Largest norms, in the unit of the weights.
+            state: What was remembered before, to be changed.
+        """
+
+    def first(self, vectors: ConstrainedVectors, squares: Tensor, bounds: Tensor | float) -> Tensor | None:
+        """Return which share of each vector the first step would take away, None where that can't be too much."""
+        return None
+
+
+@final
+@dataclass(frozen=True)
+class Projection(Method):
+    """Project onto the ball: w <- w min(1, b / ||w||)."""
+
+    def factors(self, vectors: ConstrainedVectors, squares: Tensor, bounds: Tensor | float, state: State) -> Tensor:
+        """Return min(1, b / ||w||)."""
+        return ball_factors(squares, bounds, vectors.margin)
+
+
+@final
+@dataclass(frozen=True)
+class AugmentedLagrangian(Method):
+    """Pull back what is outside by a decay that it finds itself (CPR): w <- (1 - Lambda) w.
+
+    Args:
+        update_rate: Scale of the multipliers' rates, dimensionless, 1 in the paper.
+    """
+
+    quantity: ClassVar[str] = "multiplier"
+
+    update_rate: float = 1.0
+
+    def factors(self, vectors: ConstrainedVectors, squares: Tensor, bounds: Tensor | float, state: State) -> Tensor:
+        """Return 1 - Lambda, with the multipliers of the coming shrinkage."""
+        before = state.get(self.quantity, torch.zeros_like(squares))
+        state[self.quantity] = lagrangian_multipliers(before, squares, bounds, self.update_rate * vectors.rates)
+        return 1 - state[self.quantity]
+
+    def first(self, vectors: ConstrainedVectors, squares: Tensor, bounds: Tensor | float) -> Tensor | None:
+        """Return the first multipliers; 1 or more turns weights around, and lets the next ones explode."""
+        return lagrangian_multipliers(torch.zeros_like(squares), squares, bounds, self.update_rate * vectors.rates)
+
+
 @torch.no_grad()
 def constrain_(
-    vectors: ConstrainedVectors,
-    state: State,
-    bound: Bound,
-    *,
-    update_rate: float | None = None,
-    stepped: Tensor | None = None,
+    vectors: ConstrainedVectors, state: State, bound: Bound, method: Method, *, stepped: Tensor | None = None
 ) -> tuple[State, Tensor]:
     """Apply a constraint in place after a step of the optimizer, then let its bound take note of the step.
 
     Args:
         vectors: The constrained vectors.
-        state: `bound.start(norms)`, with zeros as "multiplier" for the Lagrangian, or what the last call returned.
+        state: `bound.start(norms)`, or what the last call returned.
         bound: Where the bounds come from.
-        update_rate: Scale of the multipliers' rates, 1 in the paper; None: project instead.
+        method: How norms are held there.
         stepped: Whether the optimizer did step, 0-D, where only the device knows; nothing happens if it did not.
 
     Returns:
         The state after the step, and the squared norms between the optimizer's step and the constraint.
     """
     squares = vectors.squares()
-    bounds = bound.bounds(state)
     after = dict(state)
-    if update_rate is None:
-        factors = ball_factors(squares, bounds, vectors.margin)
-    else:
-        rates = update_rate * vectors.rates
-        after["multiplier"] = lagrangian_multipliers(state["multiplier"], squares, bounds, rates)
-        factors = 1 - after["multiplier"]
+    factors = method.factors(vectors, squares, bound.bounds(state), after)
     after |= bound.advance(state, squares.sqrt())
     if stepped is not None:
         factors = torch.where(stepped, factors, 1.0)
-        after = {key: torch.where(stepped, value, state[key]) for key, value in after.items()}
+        none = torch.zeros_like(squares)
+        after = {key: torch.where(stepped, value, state.get(key, none)) for key, value in after.items()}
     vectors.scale_(factors)
     return after, squares

@@ -143,7 +143,7 @@ class WeightDecayMixin(LightningModule):
             )
         own = vars(cls).get("configure_callbacks")
         if own is not None:
-            setattr(cls, own.__name__, _told(own))
+            setattr(cls, "configure_callbacks", _told(own))  # noqa: B010
 
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         """Add a `WeightDecay` to the module's callbacks; here, since Lightning asks for them before each fit."""

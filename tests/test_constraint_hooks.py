@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_l2.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
 from lightning_l2.constraint_hooks import AttachedConstraint
+from lightning_l2.constraints import AugmentedLagrangian
 
 
 def net() -> nn.Sequential:
@@ -86,7 +87,7 @@ def test_nothing_advances_on_a_step_that_the_scaler_skips(fused: bool, bound: Bo
         module = net()
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05, fused=fused)
         memory: dict[str, dict[str, float]] = {}
-        attached = attach(optimizer, module, bound, update_rate=1.0, memory=memory)
+        attached = attach(optimizer, module, bound, method=AugmentedLagrangian(1.0), memory=memory)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, backoff_factor=0.999999, growth_interval=100)
         scaler.scale(torch.zeros(()))
         for value in values:
@@ -133,7 +134,7 @@ def test_lagrangian_is_that_of_the_authors_package(name: str, bound: Bound) -> N
     optimizer = torch.optim.Adam(weights, lr=0.02)
     memory: dict[str, dict[str, float]] = {}
     names: dict[Tensor, str | None] = {weight: str(index) for index, weight in enumerate(weights)}
-    attached = AttachedConstraint(optimizer, lambda: names, bound, update_rate=1.0, memory=memory)
+    attached = AttachedConstraint(optimizer, lambda: names, bound, method=AugmentedLagrangian(1.0), memory=memory)
     attached.prepare()
     for _ in range(80):
         for weight, start in zip(weights, starts, strict=True):
@@ -207,7 +208,7 @@ def test_memory_is_taken_up() -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
     memory = {"0.weight": {"reference": 0.25, "multiplier": 0.5}, "2.weight": {"reference": 100.0, "multiplier": 0.125}}
-    attached = attach(optimizer, module, InitialBound(2.0), update_rate=1e-12, memory=memory)
+    attached = attach(optimizer, module, InitialBound(2.0), method=AugmentedLagrangian(1e-12), memory=memory)
     before = [p.detach().clone() for p in module.parameters()]
     set_gradients(module)
     optimizer.step()
@@ -285,15 +286,15 @@ def test_messages() -> None:
     # The first multiplier is 4 / n (9 n - 1) / 2 for n elements, 17.9 at most.
     message = (
         "The weights of '0.weight' and 1 more are so far outside of FixedBound(norm=1.0) that the first multiplier "
-        "would be 17.9, and 1 or more turns them around. Use a larger bound, an update_rate below 0.056, or "
+        "would be 17.9, and 1 or more turns them around. Use a larger bound, an update_rate 18 times smaller, or "
         "method='projection'."
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        attach(optimizer, module, 1.0, update_rate=1.0).prepare()
-    attach(optimizer, module, 1.0, update_rate=0.055).prepare()
+        attach(optimizer, module, 1.0, method=AugmentedLagrangian(1.0)).prepare()
+    attach(optimizer, module, 1.0, method=AugmentedLagrangian(0.055)).prepare()
     # what is remembered goes on from where it was
     memory = {name: {"multiplier": 0.5} for name in ("0.weight", "2.weight")}
-    attach(optimizer, module, 1.0, update_rate=1.0, memory=memory).prepare()
+    attach(optimizer, module, 1.0, method=AugmentedLagrangian(1.0), memory=memory).prepare()
 
 
 def test_flattened_parameters_are_refused() -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from lightning_l2.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
 from lightning_l2.constrained_vectors import ConstrainedVectors, Per
-from lightning_l2.constraints import ball_factors, constrain_, lagrangian_multipliers, project_
+from lightning_l2.constraints import (
+    AugmentedLagrangian,
+    Method,
+    Projection,
+    ball_factors,
+    constrain_,
+    lagrangian_multipliers,
+    project_,
+)
 from lightning_l2.norms import ROW
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 3, 2, 2), (2, ROW + 3), (2, 3 * ROW)]
@@ -132,7 +140,7 @@ def test_zero_stays_zero(per: Per) -> None:
 
 def test_an_empty_tensor_beside_a_lagrangian() -> None:
     vectors = ConstrainedVectors([torch.zeros(0, 3), torch.full((4,), 0.6)])
-    state, _ = constrain_(vectors, {"multiplier": torch.zeros(2)}, FixedBound(1.0), update_rate=1.0)
+    state, _ = constrain_(vectors, {"multiplier": torch.zeros(2)}, FixedBound(1.0), method=AugmentedLagrangian())
     assert state["multiplier"].tolist() == pytest.approx([0.0, 4 / 4 * (1.2**2 - 1) / 2])
 
 
@@ -293,7 +301,7 @@ def test_lagrangian_is_cpr(bound: Bound, kappa: Callable[[], Any], mu: float) ->
     for _ in range(80):
         for weight, optimum in zip(weights, optima, strict=True):
             weight.add_(optimum - weight, alpha=0.02)
-        state, _ = constrain_(vectors, state, bound, update_rate=mu)
+        state, _ = constrain_(vectors, state, bound, method=AugmentedLagrangian(mu))
         for i, (optimum, cpr) in enumerate(zip(optima, authors, strict=True)):
             references[i] = cpr.step(references[i] + 0.02 * (optimum.numpy() - references[i]))
         for weight, reference, multiplier, cpr in zip(weights, references, state["multiplier"], authors, strict=True):
@@ -311,25 +319,25 @@ def test_lagrangian_settles_at_its_bound() -> None:
     vectors, state = ConstrainedVectors([weight]), {"multiplier": torch.zeros(1, dtype=torch.float64)}
     for _ in range(5000):
         weight.add_(weight / weight.norm(), alpha=drift)
-        state, squares = constrain_(vectors, state, FixedBound(bound), update_rate=1.0)
+        state, squares = constrain_(vectors, state, FixedBound(bound), method=AugmentedLagrangian())
     assert squares.sqrt().item() == pytest.approx(bound, rel=1e-3)
     assert state["multiplier"].item() == pytest.approx(drift / bound, rel=1e-2)
 
 
-@pytest.mark.parametrize("update_rate", [None, 1.0])
+@pytest.mark.parametrize("method", [Projection(), AugmentedLagrangian()])
 @pytest.mark.parametrize("bound", [FixedBound(1.0), InitialBound(0.9), WarmupBound(2), InflectionBound(1, 0.5)])
-def test_a_skipped_step_changes_nothing(bound: Bound, update_rate: float | None) -> None:
+def test_a_skipped_step_changes_nothing(bound: Bound, method: Method) -> None:
     def run(skipped: set[int], steps: int) -> tuple[Tensor, dict[str, Tensor]]:
         weight = torch.linspace(0.1, 1.0, 10)
         vectors = ConstrainedVectors([weight])
         state = bound.start(vectors.squares().sqrt())
-        if update_rate is not None:
+        if method.quantity:
             state["multiplier"] = torch.zeros(1, dtype=torch.float64)
         for step in range(steps):
             stepped = torch.tensor(step not in skipped)
             if stepped:
                 weight.mul_(1.1)
-            state, _ = constrain_(vectors, state, bound, update_rate=update_rate, stepped=stepped)
+            state, _ = constrain_(vectors, state, bound, method, stepped=stepped)
         return weight, state
 
     weight, state = run({1, 4, 5}, 9)

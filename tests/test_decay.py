@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2.decay import attach_decay
 from lightning_l2.decay.arithmetic import add_decay_gradient, decay_from
-from lightning_l2.optimizers.facts import own_way
 from lightning_l2.optimizers.step_hook import gradients_are_complete
 from tests.helpers import ACCELERATOR
 
@@ -163,12 +162,6 @@ def train_by_hand(make: Make, apply: str, steps: int = 10, eta: float = 0.1) -> 
                     u = (old - new) / eta
                     new -= eta * LAMBDA * old if u * old >= 0 else 0.0
     return w.detach()
-
-
-@pytest.mark.parametrize("name", OWN_WAY)
-def test_own_way(name: str) -> None:
-    make, expected = OWN_WAY[name]
-    assert own_way(make([weight()])) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in FIRST_ORDER if OWN_WAY[name][1]])

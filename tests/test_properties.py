@@ -418,6 +418,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Rule .* decays .* parameters that the default exempts")
 @examples(7)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(ALIKE)), st.booleans()), min_size=2, max_size=4),

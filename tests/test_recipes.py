@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 
-from lightning_l2 import DecayRule, WeightDecay
+from lightning_l2 import DecayRule, WeightDecay, weight_decay_in_force
 from tests.helpers import data, make_trainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -227,8 +227,8 @@ class Watch(Callback):
         self.steps: dict[str, list[float]] = {}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        for group in optimizer.param_groups:
-            self.steps.setdefault(group["name"], []).append(group["weight_decay"])
+        for name, value in weight_decay_in_force(optimizer).items():
+            self.steps.setdefault(name, []).append(value)
 
 
 @pytest.mark.parametrize("name", OVER_TIME)

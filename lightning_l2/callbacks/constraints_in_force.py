@@ -100,7 +100,9 @@ class ConstraintsInForce:
         labels = [label for own, _ in read for label in own]
         columns = torch.cat([table for _, table in read], dim=1).tolist()
         extremes, each = {}, {}
-        for quantity, extreme, values in zip(("bound", "slack", "multiplier"), (min, min, max), columns, strict=False):
+        quantities = next(constraint.quantities for constraint in self._constraints)
+        for quantity, values in zip(quantities, columns, strict=True):
+            extreme = min if quantity in ("bound", "slack") else max
             # Bounds that are not known yet are infinite.
             finite = {label: value for label, value in zip(labels, values, strict=True) if math.isfinite(value)}
             each.update({f"{prefix}/{quantity}/{label}": value for label, value in finite.items()})

@@ -23,6 +23,7 @@ from lightning_l2.callbacks.trainer_access import (
     splits_early,
 )
 from lightning_l2.constraint_hooks import AttachedConstraint
+from lightning_l2.constraints import AugmentedLagrangian, Projection
 from lightning_l2.parameters import is_undecided
 from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
 from lightning_l2.sharding import flat_shards
@@ -225,7 +226,7 @@ class NormConstraint(Callback):
             partial(names_of_constrained, pl_module, self.rules, outermost, optimizers_in_use(trainer)),
             self.bound,
             per=self.per,
-            update_rate=self.update_rate,
+            method=Projection() if self.update_rate is None else AugmentedLagrangian(self.update_rate),
             memory=self._memory,
             shards=flat_shards(pl_module if outermost is None else outermost),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -187,20 +186,10 @@ def bare_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
 def optimizers_in_use(trainer: Any) -> list[torch.optim.Optimizer]:
     """Return the optimizers that update the module's parameters: of wrapped ones the innermost, looked up afresh."""
     found = trainer.optimizers
-    known = _IN_USE.get(trainer)
-    if known is not None and len(known) == len(found) and all(map(operator.is_, known, found)):
-        return known
+    if all(type(optimizer).__module__.startswith("torch.optim.") for optimizer in found):
+        return found  # type: ignore[no-any-return]  # nothing is wrapped, as nearly always; every batch asks
     bare = bare_optimizers(trainer)
-    if splits_early(trainer):
-        return bare
-    updating = updating_optimizers(bare)
-    if len(updating) == len(found) and all(map(operator.is_, updating, found)):
-        _IN_USE[trainer] = updating  # nothing is wrapped, as nearly always
-    return updating
-
-
-# by Trainer, its optimizers where none is wrapped
-_IN_USE: weakref.WeakKeyDictionary[Any, list[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
+    return bare if splits_early(trainer) else updating_optimizers(bare)
 
 
 def tell_of_gradients(trainer: Any, optimizer: Any, teller: object, *, is_unscaled: bool = False) -> None:
@@ -232,8 +221,8 @@ def splits_early(trainer: pl.Trainer) -> bool:
     return any(kind.__name__ == "DeepSpeedStrategy" for kind in type(trainer.strategy).__mro__)
 
 
-def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any]], None]) -> None:
-    """Call `act` with the optimizers once `configure_optimizers` returns, one time.
+def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any], list[Any]], None]) -> None:
+    """Call `act` with the optimizers and learning-rate schedulers once `configure_optimizers` returns, one time.
 
     No hook comes between `configure_optimizers` and a strategy that takes the optimizer over.
     """
@@ -246,7 +235,8 @@ def on_optimizers_configured(pl_module: Any, act: Callable[[list[Any]], None]) -
         if own is not None:
             pl_module.configure_optimizers = own
         configured = pl_module.configure_optimizers()
-        act(_configure_optimizers(configured)[0])
+        optimizers, schedulers, _ = _configure_optimizers(configured)
+        act(optimizers, [s["scheduler"] if isinstance(s, dict) else s for s in schedulers])
         return configured
 
     acting: Any = configure_then_act

@@ -101,6 +101,8 @@ class WeightDecay(Callback):
         self._early: EarlySplit | None = None
         self._summary: list[GroupSummary] | None = None
         self._resuming = Resuming(on_resume)
+        # of a checkpoint, what an optimizer has made different within one of the user's groups, by the part's name
+        self._options: dict[str, dict[str, Any]] = {}
         # base lambda by parameter name
         self._weight_decay: dict[str, float] = {}
 
@@ -123,9 +125,9 @@ class WeightDecay(Callback):
             return
         check_alone(trainer, self, "Keep one, and put both into one list of rules: WeightDecay(rules=[...]).")
         self._release()
-        self._resuming = Resuming(self.on_resume)
+        self._resuming, self._options = Resuming(self.on_resume), {}
         if splits_early(trainer):
-            on_optimizers_configured(pl_module, lambda optimizers: self._split_early(trainer, pl_module, optimizers))
+            on_optimizers_configured(pl_module, partial(self._split_early, trainer, pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain about rules before the sanity check costs time."""
@@ -161,6 +163,7 @@ class WeightDecay(Callback):
             root=trainer.model,
             look=partial(self._follow, trainer),
         )
+        self._fit.restore_options(self._options)
         self._idle = IdleWatch(trainer)
         self._summary, self._version = None, self._fit.version
         if self._fit.is_decided:
@@ -213,7 +216,10 @@ class WeightDecay(Callback):
         """Keep the base lambdas."""
         if self._fit is not None and self._fit.is_decided:
             self._weight_decay = self._fit.weight_decay()
-        checkpoint.setdefault("callbacks", {})[self.state_key] = {"weight_decay": dict(self._weight_decay)}
+        state: dict[str, Any] = {"weight_decay": dict(self._weight_decay)}
+        if self._fit is not None and (options := self._fit.options()):
+            state["options"] = options
+        checkpoint.setdefault("callbacks", {})[self.state_key] = state
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -222,6 +228,7 @@ class WeightDecay(Callback):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         self._resuming.has_restored = True
         self._resuming.restored = None if state is None else dict(state["weight_decay"])
+        self._options = {} if state is None else state.get("options", {})
 
     def _follow(self, trainer: pl.Trainer) -> None:
         if self._fit is None:
@@ -234,7 +241,7 @@ class WeightDecay(Callback):
     def _show(self, trainer: pl.Trainer, decided: RuleDecay | EarlySplit) -> None:
         """Say what was decided, if it is something else than before."""
         self._weight_decay, summary = decided.weight_decay(), decided.summary()
-        self._version = decided.version if isinstance(decided, RuleDecay) else ()
+        self._version = decided.version if isinstance(decided, RuleDecay) else []
         self._tell_differences()
         if not trainer.is_global_zero or summary == self._summary:
             self._summary = summary
@@ -251,7 +258,13 @@ class WeightDecay(Callback):
             return lambda group: conversion(training_setup(trainer, group))
         return conversion
 
-    def _split_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
+    def _split_early(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizers: list[Optimizer],
+        schedulers: list[Any],
+    ) -> None:
         """Split the groups for good before the strategy takes the optimizer over."""
         if self.apply != "optimizer":
             raise MisconfigurationException(
@@ -259,9 +272,8 @@ class WeightDecay(Callback):
                 "Use apply='optimizer' with an optimizer that decays in the way you want."
             )
         base = self._base(trainer)
-        self._early = EarlySplit(
-            pl_module, optimizers, base if callable(base) else lambda group: base, self.rules, self._resuming
-        )
+        given = base if callable(base) else lambda group: base
+        self._early = EarlySplit(pl_module, optimizers, given, self.rules, self._resuming, schedulers)
 
     def _check_early(self) -> None:
         if self._early is None:

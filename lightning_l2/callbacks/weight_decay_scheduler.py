@@ -153,7 +153,9 @@ class WeightDecayScheduler(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Set lambda of the coming step, except where this batch's is still to come, in the module's own hook."""
         if self._fit is not None and self.interval == "step":
-            self._fit.set(step_index(trainer), only_updated=True)
+            # DeepSpeed's updates call no hooks, but the Trainer counts those that it makes itself
+            is_counted = splits_early(trainer) and pl_module.automatic_optimization
+            self._fit.set(step_index(trainer), only_updated=not is_counted)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of the metric before the validation."""
@@ -263,8 +265,9 @@ class WeightDecayScheduler(Callback):
             return
         value = self._metric(trainer)
         if value is None and warns:
+            name = getattr(self.schedule, "monitor", None)
             rank_zero_warn(
-                f"{type(self.schedule).__name__} monitors {getattr(self.schedule, 'monitor', None)!r}, which is not among the metrics "
+                f"{type(self.schedule).__name__} monitors {name!r}, which is not among the metrics "
                 f"{sorted(trainer.callback_metrics)}. Weight decay stays as it is."
             )
         if value is None or value is self._observed:

@@ -42,7 +42,7 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -
 
 
 @torch.no_grad()
-def scale(families: Sequence[Iterable[Tensor]], strengths: Sequence[float | Tensor]) -> None:
+def scale(families: Iterable[Iterable[Tensor]], strengths: Iterable[float | Tensor]) -> None:
     """Scale in place: w <- (1 - strength) w, where there is a gradient, of a sparse one only its rows.
 
     Args:
@@ -52,10 +52,11 @@ def scale(families: Sequence[Iterable[Tensor]], strengths: Sequence[float | Tens
     params: list[Tensor] = []
     of_each: list[float | Tensor] = []
     for family, strength in zip(families, strengths, strict=True):
-        if not is_zero(strength):
-            several = with_gradient(family)
-            params += several
-            of_each += [strength] * len(several)
+        if isinstance(strength, Tensor) or strength != 0:
+            for param in family:
+                if param.grad is not None:
+                    params.append(param)
+                    of_each.append(strength)
     if not params:
         return
     rows = [rows_of(param) for param in params]

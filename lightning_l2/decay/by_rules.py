@@ -139,6 +139,20 @@ class RuleDecay:
             if decision.rule is not None
         }
 
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Return what the optimizers have made different within one of the user's groups, by the part's name.
+
+        The groups hold one value for all parts, so a checkpoint of the optimizer doesn't have these.
+        """
+        parts = [group for one in self._groups for group in one.groups if group.own_options]
+        return {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
+
+    def restore_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take up what `options` returned."""
+        for group in (group for one in self._groups for group in one.groups):
+            known = {key: own for key, own in options.get(group.name, {}).items() if key in group.parent}
+            group.own_options.update({key: (own, group.parent[key]) for key, own in known.items()})
+
     def remove(self) -> None:
         """Leave the optimizers alone."""
         for optimizer in self.optimizers:

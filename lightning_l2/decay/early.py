@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from lightning_l2.param_groups.resume import Resuming
     from lightning_l2.rules import Rules
 
+# What learning-rate schedulers keep one of for each parameter group: torch's, then timm's, then DeepSpeed's own.
+PER_GROUP = frozenset(
+    (
+        *("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "default_min_lr"),
+        *("max_lrs", "base_momentums", "max_momentums", "swa_lrs"),
+        *("base_values", "warmup_steps"),
+        *("min_lr", "delta_lrs", "min_moms", "max_moms", "org_lrs"),
+    )
+)
+
 
 class EarlySplit:
     """Parameter groups that were split for good, as DeepSpeed needs them, which keeps them so, in checkpoints too.
@@ -27,6 +37,10 @@ class EarlySplit:
         weight_decay: Gives base lambda from a parameter group, None to keep the group's own.
         rules: As of `assign_rules`.
         resuming: Knows what a checkpoint says.
+        schedulers: Learning-rate schedulers of the optimizers, which get one value for each new group.
+
+    Raises:
+        ValueError: If nobody knows whether a scheduler's list has one value for each group.
     """
 
     def __init__(
@@ -36,6 +50,7 @@ class EarlySplit:
         weight_decay: Callable[[Mapping[str, Any]], float | None],
         rules: Rules,
         resuming: Resuming,
+        schedulers: Sequence[Any] = (),
     ) -> None:
         self._resuming = resuming
         bases = RuleBases(model, rules, weight_decay, resuming)
@@ -45,7 +60,7 @@ class EarlySplit:
         self._summary = summarize(group for one in found for group in one.groups)
         self._bases = {d.key: float(g.base) for one in found for g in one.unnamed() for d in g.decisions}
         for one in found:
-            _split(one.optimizer)
+            _split(one.optimizer, schedulers)
             one.decide(None)
 
     def begin(self, optimizers: Sequence[Any]) -> None:
@@ -79,11 +94,41 @@ class EarlySplit:
         return next(iter(values.values()), row.weight_decay)
 
 
-def _split(optimizer: Optimizer) -> None:
-    children = []
+def _split(optimizer: Optimizer, schedulers: Iterable[Any]) -> None:
+    places = {id(parent): index for index, parent in enumerate(optimizer.param_groups)}
+    children, sources = [], []
     for group in decay_groups(optimizer).groups:
         child = {**group.parent, "params": group.params, "weight_decay": group.base, "name": group.name}
         if "param_names" in child:
             child["param_names"] = [child["param_names"][index] for index in group.indices]
         children.append(child)
+        sources.append(places[id(group.parent)])
+    if len(children) != len(places):
+        _stretch([one for one in _nested(schedulers) if getattr(one, "optimizer", None) is optimizer], sources)
     optimizer.param_groups[:] = children
+
+
+def _nested(schedulers: Iterable[Any]) -> Iterable[Any]:
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _nested(getattr(scheduler, "_schedulers", ()))
+
+
+def _stretch(schedulers: Iterable[Any], sources: Sequence[int]) -> None:
+    """Let schedulers have a value for each new group, given the index of the one that it comes from."""
+    count = max(sources, default=-1) + 1
+    for scheduler in schedulers:
+        lists = {key: value for key, value in vars(scheduler).items() if isinstance(value, list | tuple)}
+        others = lists.keys() - PER_GROUP - {"_schedulers"}
+        unknown = [key for key in lists if key in others and len(lists[key]) == count]
+        if unknown and not type(scheduler).__module__.startswith(("torch.optim.", "deepspeed.")):
+            raise ValueError(
+                f"The learning-rate scheduler {type(scheduler).__name__} has {unknown}, as long as there are parameter "
+                f"groups ({count}). If it is one value a group, it doesn't fit the groups that are split by weight "
+                "decay, as they have to be before DeepSpeed takes the optimizer over. Use a scheduler of torch's or "
+                "DeepSpeed's, or build the optimizer from `decay_param_groups`, without WeightDecay."
+            )
+        for key in lists.keys() & PER_GROUP:
+            values = lists[key]
+            # a list may be shorter: torch's schedulers learn nothing of a group that is added later
+            setattr(scheduler, key, [values[source] for source in sources if source < len(values)])

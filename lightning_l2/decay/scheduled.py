@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,7 +59,8 @@ class ScheduledDecay:
         self._length = length
         self._values = values
         self._memory = {} if memory is None else memory
-        self._attached = Attachments(_Written if writes else self._attach, look)
+        # DeepSpeed replaces no optimizer, and shows its groups one by one while it steps
+        self._attached = Attachments(_Written if writes else self._attach, None if writes else look)
         self._groups: list[DecayGroups] = []
         self._updates: list[int] = []
         if isinstance(schedule, Schedule):
@@ -199,17 +199,20 @@ class _ReadingHook(StepHook):
 class _View:
     """An optimizer as feedback schedules see it: with a group for each part that decays alike."""
 
-    param_groups: list[dict[str, Any]]
-    state: Mapping[Any, Any]
+    # Values of the class, so that these are found before properties of the optimizer's, such as DeepSpeed's have.
+    param_groups: Sequence[dict[str, Any]] = ()
+    state: Mapping[Any, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
 
-@cache
-def _view_class(kind: Any) -> Any:
-    return type(kind.__name__, (_View, kind), {})
+_VIEWS: dict[type, Any] = {}
 
 
 def _view(optimizer: Any) -> Any:
-    view: Any = object.__new__(_view_class(type(optimizer)))
+    kind: Any = type(optimizer)
+    if kind not in _VIEWS:
+        _VIEWS[kind] = type(kind.__name__, (_View, kind), {})  # schedules ask of what class it is
+    view = object.__new__(_VIEWS[kind])
     vars(view).update(
         state=optimizer.state,
         defaults=getattr(optimizer, "defaults", {}),
@@ -225,6 +228,7 @@ def _view(optimizer: Any) -> Any:
             for group in decay_groups(optimizer).groups
         ],
     )
+    vars(view).update(vars(optimizer) | vars(view))  # DeepSpeed's have more that tells what they are
     return view
 
 

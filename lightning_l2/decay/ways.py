@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -133,14 +133,25 @@ class _OnWeights(Way):
         self._apply = apply
         self._peak_lr = peak_lr
 
-    def _strength(self, group: DecayGroup) -> float | Tensor:
-        strength = number(group.weight_decay)
+    def _strengths(self, groups: Sequence[DecayGroup]) -> list[float | Tensor]:
+        strengths: list[float | Tensor] = []
+        parent: Mapping[str, Any] | None = None
+        factor: float | Tensor = 0.0  # what all parts of one of the user's groups have in common
+        for group in groups:
+            if group.parent is not parent:
+                parent, factor = group.parent, self._factor(group.parent)
+            value = group.weight_decay
+            strengths.append(factor * (value if type(value) is float else number(value)))
+        return strengths
+
+    def _factor(self, parent: Mapping[str, Any]) -> float | Tensor:
+        factor: float | Tensor = 1.0
         if self._apply != "independent" or self._peak_lr is not None:
-            strength = step_size(group.parent) * strength
+            factor = step_size(parent)
         if self._apply == "independent" and self._peak_lr is not None:
-            strength = strength / peak_of(group.parent, self._peak_lr)
+            factor = factor / peak_of(parent, self._peak_lr)
         found_inf = getattr(self.optimizer, "found_inf", None)
-        return strength if found_inf is None else (found_inf == 0) * strength
+        return factor if found_inf is None else (found_inf == 0) * factor
 
 
 class Scaled(_OnWeights):
@@ -165,7 +176,7 @@ class Scaled(_OnWeights):
         """Scale once a step."""
         if not self._done:
             groups = self.groups.unnamed()
-            scale([group.params for group in groups], [self._strength(group) for group in groups])
+            scale((group.params for group in groups), self._strengths(groups))
         self._done = True
 
     def _read_versions(self) -> list[int]:
@@ -193,7 +204,8 @@ class Compared(_OnWeights):
 
     def after_update(self) -> None:
         """Decay from the copies."""
-        for group in self.groups.unnamed():
+        groups = self.groups.unnamed()
+        for group, strength in zip(groups, self._strengths(groups), strict=True):
             params = [param for param in with_gradient(group.params) if param in self._before]
             rows = [rows_of(param) for param in params]
             before = [self._before.pop(param) for param in params]
@@ -202,7 +214,7 @@ class Compared(_OnWeights):
             weights = read(params, rows)
             if params:
                 masked = self._apply == "cautious"
-                decay_from(real_parts(before), real_parts(weights), self._strength(group), masked=masked)
+                decay_from(real_parts(before), real_parts(weights), strength, masked=masked)
             write(params, rows, weights)
         self._before.clear()
 

@@ -59,7 +59,7 @@ class Layout(Protocol):
     def enter(self, optimizer: Optimizer) -> None:
         """Put them there."""
 
-    def leave(self, optimizer: Optimizer, *, has_updated: bool = False) -> None:
+    def leave(self, optimizer: Optimizer, *, has_updated: bool = False, error: BaseException | None = None) -> None:
         """Put the user's own back; harmless where they are there."""
 
 
@@ -192,9 +192,6 @@ class Attachments(Generic[_Attached]):
         self._optimizers: list[Any] = []
         self._attached: list[_Attached] = []
         self._look = look
-        if look is not None:
-            _WATCHING.append(self)
-            _watch()
 
     def follow(self, optimizers: Sequence[Any]) -> bool:
         """Attach to the optimizers that are new, take off those that are gone; return whether there were any."""
@@ -206,8 +203,19 @@ class Attachments(Generic[_Attached]):
         self._optimizers, self._attached = [], []
         for attached in before.values():
             attached.remove()
-        self._attached = [one or self._attach(n, optimizers[n]) for n, one in enumerate(kept)]
+        try:
+            for number, one in enumerate(kept):
+                self._attached.append(one or self._attach(number, optimizers[number]))
+        except BaseException:
+            for one in (*self._attached, *kept[len(self._attached) :]):
+                if one is not None:
+                    one.remove()
+            self._attached = []
+            raise
         self._optimizers = list(optimizers)
+        if self._look is not None and self not in _WATCHING:
+            _WATCHING.append(self)
+            _watch()
         return True
 
     def __iter__(self) -> Any:
@@ -275,7 +283,8 @@ class _Step:
         hooks = self._handles[1].hooks_dict_ref()
         if hooks is not None and hasattr(hooks, "move_to_end"):
             hooks.move_to_end(self._handles[1].id, last=False)
-        self._guard = _Guard(optimizer, self.settle)
+        self.depth = 0
+        self._guard = _Guard(self, optimizer)
 
     def be_last(self) -> None:
         """Let pre-hooks that others registered since come first, so that they find the user's groups."""
@@ -295,11 +304,15 @@ class _Step:
         self.layout = layout
         self._end_if_unused()
 
-    def settle(self) -> None:
-        """Put the user's groups back after an update that raised; harmless at any other time."""
-        if self.layout is not None:
-            self.layout.leave(self._optimizer)
+    def settle(self, error: BaseException | None = None) -> None:
+        """Put the user's groups back after an update that raised; harmless at any other time.
+
+        Raises:
+            RuntimeError: If it raised because the groups were split.
+        """
         self._running.clear()
+        if self.layout is not None:
+            self.layout.leave(self._optimizer, error=error)
 
     def before_clipping(self, teller: object) -> None:
         if id(teller) in self._told:
@@ -318,7 +331,9 @@ class _Step:
 
     def _on_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None and _takes_state(self._optimizer):
+        # a step may call that of the class it derives from, with hooks of its own
+        is_inner = 0 < self.depth <= len(self._running)
+        if is_inner or (closure is None and _takes_state(self._optimizer)):
             self._running.append(None)
             return None
         if self.layout is not None:
@@ -378,18 +393,21 @@ class _Step:
 class _Guard:
     """Puts things right when an optimizer's step raises, which no hook of torch's tells."""
 
-    def __init__(self, optimizer: Any, on_raise: Callable[[], None]) -> None:
+    def __init__(self, state: _Step, optimizer: Any) -> None:
         self._optimizer = optimizer
         own = vars(optimizer).get("step")  # as learning-rate schedulers put one there
         step = optimizer.step
 
         @functools.wraps(step)
         def guarded(_: Any, *args: Any, **kwargs: Any) -> Any:
+            state.depth += 1
             try:
                 return step(*args, **kwargs)
-            except BaseException:
-                on_raise()
+            except BaseException as error:
+                state.settle(error)
                 raise
+            finally:
+                state.depth -= 1
 
         self._own = own
         # a method, as those expect who wrap it once more

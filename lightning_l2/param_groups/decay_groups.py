@@ -323,7 +323,9 @@ class DecayGroups:
         members: dict[tuple[Any, ...], list[int]] = {}
         for place in range(len(parent["params"])):
             members.setdefault(_key(decided[place]) if decided else (), []).append(place)
-        before = {group.label: group.multiplier for family in self._families.values() for group in family.groups}
+        families = self._families.values()
+        before = {group.label: group.multiplier for family in families for group in family.groups}
+        names = {group.label: group.name for family in families if family.parent is parent for group in family.groups}
         groups = []
         for places in members.values() or [[]]:
             params = [parent["params"][place] for place in places]
@@ -332,6 +334,7 @@ class DecayGroups:
                 group.given = self._fixed[index]
             elif group.decisions:
                 group.given = _given(group.decisions[0])
+            group.name = names.pop(group.label, "")
             group.multiplier, group.absolute = before.get(group.label, self._multiplier), self._absolute
             groups.append(group)
         return _Family(parent, list(parent["params"]), parent.get("weight_decay"), groups)
@@ -366,7 +369,9 @@ def _name(siblings: Sequence[DecayGroups], groups: Sequence[Sequence[DecayGroup]
         parents = one._swap.users or one.optimizer.param_groups
         places = {id(parent): index for index, parent in enumerate(parents)}
         owners += [Owner(number, places[id(g.parent)], _own_name(g.parent), g.label) for g in own]
-    for group, name in zip((group for own in groups for group in own), unique_names(owners), strict=True):
+    every = [group for own in groups for group in own]
+    known = {index: group.name for index, group in enumerate(every) if group.name and group.label is not None}
+    for group, name in zip(every, unique_names(owners, known), strict=True):
         group.name = name
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 
@@ -22,10 +23,14 @@ class Owner(NamedTuple):
     label: str | None
 
 
-def unique_names(owners: Sequence[Owner]) -> list[str]:
+def unique_names(owners: Sequence[Owner], known: Mapping[int, str] = MappingProxyType({})) -> list[str]:
     """Return a name for each group, prefixed only where it would not be unique otherwise.
 
     A group that no rule has split has the user's name or its number.
+
+    Args:
+        owners: Whose each group is.
+        known: By index, names that groups have already and keep.
 
     >>> unique_names([Owner(0, 0, None, "decay"), Owner(0, 0, None, "no_decay")])
     ['decay', 'no_decay']
@@ -34,11 +39,11 @@ def unique_names(owners: Sequence[Owner]) -> list[str]:
     >>> unique_names([Owner(0, 0, None, "decay"), Owner(1, 0, None, "decay"), Owner(1, 1, None, None)])
     ['optimizer0/decay', 'optimizer1/decay', 'optimizer1/group1']
     """
-    names = _names_by_hand(owners)
+    names = _names_by_hand(owners) | dict(known)
     taken = set(names.values())
     of_label: dict[str, list[int]] = {}
     for index, owner in enumerate(owners):
-        if owner.label is not None:
+        if owner.label is not None and index not in known:
             of_label.setdefault(owner.label, []).append(index)
     for label, holders in of_label.items():
         several = len({owners[index].optimizer for index in holders}) > 1

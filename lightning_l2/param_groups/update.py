@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # What a child has of its own; all other options are its parent's.
 OWN_KEYS = frozenset(("params", "param_names", "weight_decay"))
+_TELLING = ("params", "weight_decay")
 
 
 class GroupSwap:
@@ -60,8 +61,17 @@ class GroupSwap:
         self.users = list(optimizer.param_groups)
         optimizer.param_groups[:] = standing
 
-    def leave(self, optimizer: Optimizer, *, has_updated: bool = False) -> None:
-        """Put the user's groups back, with what the update has written."""
+    def leave(self, optimizer: Optimizer, *, has_updated: bool = False, error: BaseException | None = None) -> None:
+        """Put the user's groups back, with what the update has written.
+
+        Args:
+            optimizer: The optimizer.
+            has_updated: Whether the update is done.
+            error: What it raised.
+
+        Raises:
+            RuntimeError: If the optimizer did not read all its groups in its first update.
+        """
         users, self.users = self.users, None
         if users is None:
             return
@@ -73,7 +83,8 @@ class GroupSwap:
             parent.update(values)
         if has_updated:
             self._groups.updates += 1
-            _check_all_were_read(optimizer, given, children)
+        if has_updated or isinstance(error, Exception):
+            _check_all_were_read(optimizer, given, children, error)
         for one in given:
             one.take_back()
 
@@ -110,7 +121,9 @@ class GroupSwap:
         return children
 
 
-def _check_all_were_read(optimizer: Optimizer, given: list[_Given], children: list[dict[str, Any]]) -> None:
+def _check_all_were_read(
+    optimizer: Optimizer, given: list[_Given], children: list[dict[str, Any]], error: BaseException | None
+) -> None:
     """Refuse an optimizer that goes by a list of its own, as long as the user's groups, in its first update."""
     noting = [child for one in given if one.versions for child in one.children if isinstance(child, _Noting)]
     if not any(child.was_read for child in noting) and not any(one.has_moved() for one in given):
@@ -121,8 +134,8 @@ def _check_all_were_read(optimizer: Optimizer, given: list[_Given], children: li
             f"{type(optimizer).__name__} updated by {len(children) - len(unread)} of {len(children)} parameter groups: "
             "it goes by a list of its own, made for the groups that it was built with. Use "
             "WeightDecay(apply='decoupled'), or another `apply`, which needs no groups."
-        )
-    for one in given:
+        ) from error
+    for one in given if error is None else ():
         for group in one.family:
             group.child = group.child and dict(group.child)
 
@@ -152,11 +165,14 @@ class _Given:
                 return
 
     def _take_written(self) -> None:
-        written: set[str] = set()
+        written: dict[str, None] = {}
         for child, values in zip(self.children, self.values, strict=True):
-            written.update(list(child)[len(values) :])
-            written.update(key for (key, now), then in zip(child.items(), values, strict=False) if now is not then)
-        for key in written - OWN_KEYS:
+            now = list(dict.values(child))
+            changed = [index >= len(values) or now[index] is not values[index] for index in range(len(now))]
+            written.update((key, None) for key, is_new in zip(child, changed, strict=True) if is_new)
+        for key in written:
+            if key in OWN_KEYS:
+                continue
             first = self.children[0].get(key)
             self.parent[key] = first
             differ = any(not _same(child.get(key), first) for child in self.children)
@@ -168,16 +184,16 @@ class _Given:
 
 
 class _Noting(dict[str, Any]):
-    """A group that notes whether its parameters were asked for."""
+    """A group that notes whether its parameters, or how they decay, were asked for."""
 
     was_read = False
 
     def __getitem__(self, key: str) -> Any:
-        self.was_read |= key == "params"
+        self.was_read |= key in _TELLING
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.was_read |= key == "params"
+        self.was_read |= key in _TELLING
         return super().get(key, default)
 
     def items(self) -> Any:

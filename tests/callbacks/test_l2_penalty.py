@@ -564,7 +564,7 @@ def test_a_multiplier_that_comes_with_the_gradients_is_logged_as_it_acts() -> No
             decay_groups(trainer.optimizers[0]).multiply(7.0)
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            decay_groups(optimizer.optimizer).multiply(2.0)
+            decay_groups(optimizer).multiply(2.0)
 
     rows = Rows()
     penalty = L2Penalty(LAMBDA, follow_schedule=True)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_l2.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
 from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.weight_decay import WeightDecay
+from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.rules import DecayRule
 from tests.callbacks import sharded_norm_constraint as sharded
 from tests.helpers import DECAYED, DEVICE, EXEMPT, Net, assert_same_weights, batches, data, make_trainer, weights
@@ -271,15 +272,18 @@ def read_csv(logger: CSVLogger) -> list[dict[str, float]]:
 
 
 class NormsAfterTheOptimizer(pl.Callback):
-    """Takes the norms in a hook of its own, registered before any other, so between the step and the constraint."""
+    """Takes the norms between the optimizer's update and the constraint, in the turn before that."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.norms: list[dict[str, float]] = []
+        self.norms = norms = []
 
-        def take(*_: Any) -> None:
-            self.norms.append({name: weights(pl_module)[name].double().norm().item() for name in DECAYED})
+        class Take(StepHook):
+            turn = Turn.DECAY
 
-        trainer.optimizers[0].register_step_post_hook(take)
+            def after_update(self) -> None:
+                norms.append({name: weights(pl_module)[name].double().norm().item() for name in DECAYED})
+
+        Take(trainer.optimizers[0], "the test")
 
 
 def test_logged_values(tmp_path: Path) -> None:

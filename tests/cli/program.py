@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_l2.param_groups.decay_groups import decay_groups
+
 PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 
 
@@ -39,9 +41,9 @@ def module_of(package: Any, seen: dict[str, list[float]]) -> type:
             names = {id(p): name for name, p in self.named_parameters()}
 
             def note(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-                for group in opt.param_groups:
-                    for p in group["params"]:
-                        seen.setdefault(names[id(p)], []).append(group["weight_decay"])
+                for part in decay_groups(opt).groups:
+                    for p in part.params:
+                        seen.setdefault(names[id(p)], []).append(part.weight_decay)
 
             optimizer.register_step_post_hook(note)
             return optimizer

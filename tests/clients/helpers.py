@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler
+from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler, weight_decay_in_force
 from lightning_l2.schedules import LinearSchedule
 
 LAMBDA = 0.05
@@ -46,24 +47,77 @@ def decaying(total_steps: int | None = None) -> list[Any]:
 
 
 def lambda_probe(base: type = pl.Callback) -> Any:
-    """A callback of either Lightning package that keeps lambda of each parameter, by name, at each batch's start."""
+    """A callback of either Lightning package that keeps, by name, lambda of each parameter in each batch's updates.
+
+    It is what torch's optimizers, which all of these projects use, read from their groups in the midst of an update. At
+    any other time the groups are to look as before training, of which it keeps notes too.
+    """
 
     class Probe(base):  # type: ignore[misc]
         def __init__(self) -> None:
             self.steps: list[dict[str, float]] = []
             self.group_names: set[str] = set()
             self.metrics: dict[str, float] = {}
+            self.layouts: list[Any] = []
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            self.look(trainer)
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.look(trainer)
             names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-            self.group_names = {group.get("name") for group in groups}
-            self.steps.append({names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]})
+            self.steps.append(read := {})
+            for optimizer in trainer.optimizers:
+                optimizer._init_group = partial(self.update, type(optimizer)._init_group, optimizer, names, read)
+            self.group_names = {name for optimizer in trainer.optimizers for name in weight_decay_in_force(optimizer)}
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            self.look(trainer)
+            for optimizer in trainer.optimizers:
+                del optimizer._init_group
             self.metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
 
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.look(trainer)
+
+        def update(
+            self, init: Any, optimizer: Any, names: dict[int, str], read: dict[str, float], group: Any, *args: Any
+        ) -> Any:
+            read.update({names[id(parameter)]: group["weight_decay"] for parameter in group["params"]})
+            return init(optimizer, group, *args)
+
+        def look(self, trainer: Any) -> None:
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            self.layouts.append([(list(group), group["weight_decay"], len(group["params"])) for group in groups])
+
     return Probe()
+
+
+def by_hand(steps: int, base: type = pl.Callback) -> Any:
+    """What `decaying` does, by hand, for Adam and modules without exemptions but `biases_and_norms`.
+
+    Adam adds lambda w to the gradient, so this callback of either Lightning package does, and lets Adam add nothing.
+    """
+
+    class ByHand(base):  # type: ignore[misc]
+        done = 0
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            for optimizer in trainer.optimizers:
+                assert type(optimizer) is torch.optim.Adam
+                for group in optimizer.param_groups:
+                    group["weight_decay"] = 0.0
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            exempt = biases_and_norms(pl_module)
+            for name, parameter in pl_module.named_parameters():
+                if name not in exempt and parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach(), alpha=LAMBDA * (1 + self.done / (steps - 1)))
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.done += 1
+
+    return ByHand()
 
 
 def biases_and_norms(module: nn.Module, norms: tuple[type[nn.Module], ...] = ()) -> set[str]:
@@ -79,6 +133,7 @@ def biases_and_norms(module: nn.Module, norms: tuple[type[nn.Module], ...] = ())
 def assert_decayed_but(exempt: Collection[str], probe: Any) -> None:
     """lambda doubles from the first step to the last, and is 0 throughout for the exempt parameters."""
     assert exempt <= set(probe.steps[0])
+    assert all(layout == probe.layouts[0] for layout in probe.layouts), "nobody else was to see it"
     for step, strength in ((0, LAMBDA), (-1, 2 * LAMBDA)):
         expected = {name: 0.0 if name in exempt else strength for name in probe.steps[step]}
         assert probe.steps[step] == pytest.approx(expected)
@@ -101,6 +156,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """But for rounding; and `other`, which was trained without decay, is to be told apart from both."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    assert any(not torch.allclose(other[name].double(), value.double(), 1e-3) for name, value in expected.items())
 
 
 def assert_moved(actual: dict[str, Tensor], start: dict[str, Tensor]) -> None:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.clients.helpers import (
+    assert_close,
     assert_decayed_but,
     assert_logged,
     assert_moved,
     assert_same,
     biases_and_norms,
+    by_hand,
     decaying,
     lambda_probe,
     their_warnings,
@@ -65,6 +67,10 @@ def test_it_decays_by_the_rules() -> None:
     assert_decayed_but(exempt, probe)
     assert probe.group_names == {"decay", "no_decay"}
     assert_logged(module, probe.metrics)
+
+
+def test_it_trains_as_by_hand() -> None:
+    assert_close(fit(decaying())[0], fit([by_hand(steps=8)])[0], fit([])[0])
 
 
 def test_resume(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.clients.helpers import (
+    assert_close,
     assert_decayed_but,
     assert_logged,
     assert_same,
     biases_and_norms,
+    by_hand,
     decaying,
     lambda_probe,
     their_warnings,
@@ -70,6 +72,7 @@ def test_watching_changes_nothing(kind: str) -> None:
     seen = probe()
     actual, _ = fit(kind, [*watching(), seen])
     assert seen.metrics.keys() >= {"l2_norm/total", "grad_norm/total"}
+    assert {value for step in seen.steps for value in step.values()} == {0.03}
     assert {value.dtype for value in actual.values() if value.is_floating_point()} == {torch.float64}
     assert_same(actual, fit(kind, [])[0])
 
@@ -82,6 +85,12 @@ def test_it_decays_by_the_rules(kind: str) -> None:
     assert_decayed_but(exempt & set(seen.steps[0]), seen)
     assert seen.group_names == {"decay", "no_decay"}
     assert_logged(model.model, seen.metrics)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_as_by_hand(kind: str) -> None:
+    expert = by_hand(6, pytest.importorskip("pytorch_lightning").Callback)
+    assert_close(fit(kind, decaying())[0], fit(kind, [expert])[0], fit(kind, [])[0])
 
 
 def test_known_parameters() -> None:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.clients.helpers import (
+    assert_close,
     assert_decayed_but,
     assert_logged,
     assert_moved,
     assert_same,
     biases_and_norms,
+    by_hand,
     decaying,
     lambda_probe,
     their_warnings,
@@ -94,6 +96,12 @@ def test_it_decays_by_the_rules(kind: str) -> None:
     assert seen.group_names == {"decay", "no_decay"}
     assert len(seen.steps) == 6
     assert_logged(module, seen.metrics)
+
+
+@pytest.mark.parametrize("kind", ["NHITS", "LSTM"])
+def test_it_trains_as_by_hand(kind: str) -> None:
+    expert = by_hand(6, pytest.importorskip("pytorch_lightning").Callback)
+    assert_close(fit(kind, decaying())[0], fit(kind, [expert])[0], fit(kind, [])[0])
 
 
 def test_known_parameters() -> None:

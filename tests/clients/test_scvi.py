@@ -12,11 +12,13 @@ from lightning_l2 import WeightDecay
 from lightning_l2.decay_rule import DecayRule
 from tests.clients.helpers import (
     LAMBDA,
+    assert_close,
     assert_decayed_but,
     assert_logged,
     assert_moved,
     assert_same,
     biases_and_norms,
+    by_hand,
     decaying,
     lambda_probe,
     their_warnings,
@@ -78,10 +80,11 @@ def train(kind: str, callbacks: list[Any], epochs: int = 2, **options: Any) -> t
 @pytest.mark.parametrize("kind", MODELS)
 def test_watching_changes_nothing(kind: str) -> None:
     """Each has a lambda of its own, 1e-6 or 0.01, which stays."""
-    probe = lambda_probe()
+    probe, watched = lambda_probe(), lambda_probe()
     expected, _ = train(kind, [probe])
     assert min(probe.steps[0].values()) > 0
-    assert_same(train(kind, watching())[0], expected)
+    assert_same(train(kind, [*watching(), watched])[0], expected)
+    assert watched.steps == probe.steps
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -93,6 +96,13 @@ def test_it_decays_by_the_rules(kind: str) -> None:
     assert_decayed_but(exempt & set(probe.steps[0]), probe)
     assert_logged(plan, probe.metrics)
     assert {"l2_norm/total", "l2_penalty/total"} <= set(model.history), "in their own logger too"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_trains_as_by_hand(kind: str) -> None:
+    probe = lambda_probe()
+    without, _ = train(kind, [probe])
+    assert_close(train(kind, decaying())[0], train(kind, [by_hand(len(probe.steps))])[0], without)
 
 
 def test_both_optimizers_of_the_adversarial_plan_follow_one_clock() -> None:

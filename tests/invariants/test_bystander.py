@@ -41,7 +41,7 @@ BYSTANDERS = {
     "all": lambda: [
         L2NormMonitor(every_n_steps=1, gradients=True, updates=True),
         WeightDecayScheduler(LinearSchedule(start=1.0, end=1.0)),
-        WeightDecay(0.1, rules=[DecayRule("head", pattern="^head"), DecayRule("rest")]),
+        WeightDecay(0.1, rules=[DecayRule("head", pattern="^head.weight"), DecayRule("rest")]),
     ],
 }
 

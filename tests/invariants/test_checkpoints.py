@@ -15,7 +15,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.optim import Optimizer
 
-from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
+from lightning_l2 import (
+    DecayRule,
+    L2NormMonitor,
+    L2Penalty,
+    NormConstraint,
+    WeightDecay,
+    WeightDecayScheduler,
+    weight_decay_in_force,
+)
 from lightning_l2.schedules import LinearSchedule
 from tests.helpers import (
     DECAYED,
@@ -433,9 +441,9 @@ def test_groups_of_a_rule_that_the_checkpoint_divides_have_names_of_their_own(tm
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            groups = trainer.optimizers[0].param_groups
-            seen.update({group["name"]: group["weight_decay"] for group in groups})
-            assert len({group["name"] for group in groups}) == len(groups)
+            (optimizer,) = trainer.optimizers
+            seen.update(weight_decay_in_force(optimizer))
+            assert len(weight_decay_in_force(optimizer)) == 3
 
     model = shrink([*rules(0.05, on_resume="checkpoint"), Look()], 2, path)
     assert sorted(seen.values()) == [0.0, 0.05, 0.2]

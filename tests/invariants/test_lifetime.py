@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:L2Penalty penalises .* that thei
 MAKERS: dict[str, Callable[[], pl.Callback]] = {
     "WeightDecay": lambda: WeightDecay(0.3, summary=False),
     "WeightDecay-rules": lambda: WeightDecay(
-        rules=[DecayRule("head", modules=(torch.nn.Linear,), multiplier=2.0), "default"], summary=False
+        rules=["exempt", DecayRule("head", modules=(torch.nn.Linear,), multiplier=2.0), "default"], summary=False
     ),
     "WeightDecay-decoupled": lambda: WeightDecay(0.3, apply="decoupled", summary=False),
     "WeightDecay-cautious": lambda: WeightDecay(0.3, apply="cautious", summary=False),

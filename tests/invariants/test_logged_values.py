@@ -1,6 +1,5 @@
 """What is logged for a step is what that step used: lambda, penalty and the norms of the forward pass."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_l2 import L2NormMonitor, L2Penalty, WeightDecay, WeightDecayScheduler
+from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import DECAYED, EXEMPT, DecayWatch, Net, Shrinking, ValidatedNet, data, make_trainer
+from tests.helpers import DECAYED, EXEMPT, Net, Shrinking, data, make_trainer
 
 
 class Rows(Logger):
@@ -73,7 +73,8 @@ class Recording(Net):
         def after(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             self.window = True
             self.updates.append({k: v - self.used[-1][k] for k, v in self.snapshot().items()})
-            self.lambdas.append({names[id(p)]: g["weight_decay"] for g in opt.param_groups for p in g["params"]})
+            parts = decay_groups(opt).groups
+            self.lambdas.append({names[id(p)]: part.weight_decay for part in parts for p in part.params})
 
         optimizer.register_step_post_hook(after)
         return optimizer
@@ -203,62 +204,6 @@ def test_penalty_callback_adds_the_gradient_of_the_logged_penalty() -> None:
     for name, p in model.named_parameters():
         expected = plain[name] + (0.2 * p.detach() if name in DECAYED else 0.0)
         torch.testing.assert_close(penalised[name], expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("where", ["before", "after"])
-@pytest.mark.parametrize("interval", [None, "step"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_lightnings_own_lr_monitor_shows_the_lambda_of_the_step(where: str, interval: Any, accumulate: int) -> None:
-    """Whichever stands first in the list; compared with what the step did to the weights."""
-    monitor = LearningRateMonitor(logging_interval=interval, log_weight_decay=True)
-    mine = ours()[:2]
-    rows, model = Rows(), Shrinking()
-    trainer = make_trainer(
-        [monitor, *mine] if where == "before" else [*mine, monitor],
-        logger=rows,
-        log_every_n_steps=1,
-        max_epochs=2,
-        accumulate_grad_batches=accumulate,
-    )
-    trainer.fit(model, data(samples=40))
-    watch: DecayWatch = model.watches[0]
-    steps = {1: 20, 3: 8}[accumulate]
-    expected = {t: 0.2 * (0.5 + 1.5 * t / (steps - 1)) for t in range(steps)}
-    assert_rows(dict(enumerate(watch.of("head.weight"))), expected)
-    assert_rows(rows.of("lr-SGD/decay-weight_decay"), expected)
-    assert_rows(rows.of("lr-SGD/no_decay-weight_decay"), dict.fromkeys(range(steps), 0.0))
-    assert_rows(rows.of("lr-SGD/decay"), dict.fromkeys(range(steps), 0.1))
-    assert {key for key in rows.logged() if key.startswith("lr-")} == {
-        f"lr-SGD/{group}{suffix}" for group in ("decay", "no_decay") for suffix in ("", "-weight_decay")
-    }
-
-
-def test_lightnings_own_lr_monitor_shows_the_momentum_of_the_step() -> None:
-    """One cycle moves learning rate and momentum together; in every order of the callbacks."""
-    seen: list[tuple[float, float]] = []
-
-    class Cycled(ValidatedNet):
-        def configure_optimizers(self) -> Any:
-            configured = super().configure_optimizers()
-            note = lambda o, *_: seen.append((o.param_groups[0]["lr"], o.param_groups[0]["momentum"]))  # noqa: E731
-            configured["optimizer"].register_step_post_hook(note)
-            return configured
-
-    for order in itertools.permutations(range(3)):
-        seen.clear()
-        rows = Rows()
-        monitor = LearningRateMonitor(log_momentum=True, log_weight_decay=True)
-        callbacks = [monitor, *ours()[:2]]
-        model = Cycled(
-            lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-            lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=12),
-        )
-        trainer = make_trainer([callbacks[i] for i in order], logger=rows, log_every_n_steps=1, max_epochs=2)
-        trainer.fit(model, data(samples=20))
-        for group in ("decay", "no_decay"):
-            assert_rows(rows.of(f"lr-SGD/{group}"), {step: lr for step, (lr, _) in enumerate(seen)})
-            assert_rows(rows.of(f"lr-SGD/{group}-momentum"), {step: value for step, (_, value) in enumerate(seen)})
-        assert len(set(seen)) == 10
 
 
 def test_rows_reach_a_csv_file(tmp_path: Path) -> None:

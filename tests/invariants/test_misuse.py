@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
@@ -136,47 +135,10 @@ def test_a_schedule_for_optimizers_that_have_no_weight_decay(name: str) -> None:
     refused(model, [WeightDecayScheduler(RAMP)], "WeightDecayScheduler", "weight_decay")
 
 
-def test_an_optimizer_of_other_parameters() -> None:
-    """As LightningCLI's automatic optimizer has them under FSDP2."""
-    others = nn.Linear(3, 3).parameters()
-    kept = list(others)
-    text = refused(Steps(lambda params: torch.optim.SGD(kept, lr=0.1)), [WeightDecay(0.1, summary=False)], "SGD")
-    assert "configure_optimizers" in text or "module" in text, text
-
-
-class PerGroupLists:
-    """A scheduler nobody knows, with one entry per group in attributes of its own."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.floors = [0.1 * peak for peak in self.peaks]
-
-    def step(self, *args: Any) -> None:
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class UnknownScheduler(Steps):
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step()
-
-
-def test_an_unknown_scheduler_that_holds_lists_per_group() -> None:
-    model = UnknownScheduler(scheduler=PerGroupLists)
-    refused(model, [WeightDecay(0.1, summary=False)], "PerGroupLists", "peaks", "floors")
-
-
 def test_a_refused_fit_leaves_the_optimizer_alone() -> None:
     kept: list[Optimizer] = []
     before: list[Any] = []
-    model = UnknownScheduler(scheduler=PerGroupLists)
+    model = Steps()
 
     def make(params: Any) -> Optimizer:
         kept.append(torch.optim.SGD(params, lr=0.1))
@@ -184,7 +146,7 @@ def test_a_refused_fit_leaves_the_optimizer_alone() -> None:
         return kept[0]
 
     model.make_optimizer = make
-    refused(model, [WeightDecay(0.1, summary=False)], "PerGroupLists")
+    refused(model, rules(DecayRule("top", pattern="^haed.weight$"), "default"), "top")
     assert layout(kept[0], model) == before[0]
 
 

@@ -260,9 +260,11 @@ def test_with_lambda_0_all_is_as_without(situation: Situation, tmp_path: Path) -
     actual.assert_like(run(situation, without_decay, list, tmp_path / "without"), values=True)
 
 
-@each_situation
-def test_while_all_act_only_weights_differ(situation: Situation, tmp_path: Path) -> None:
+# All but the one whose scaler skips steps: other weights overflow at other steps, so that scales and counts differ.
+@pytest.mark.parametrize("name", [name for name in SITUATIONS if name != "fp16-with-skipped-steps"])
+def test_while_all_act_only_weights_differ(name: str, tmp_path: Path) -> None:
     """In the opposite order, on which nothing depends."""
+    situation = SITUATIONS[name]
     make = partial(torch.optim.AdamW, weight_decay=0.1)
     actual = run(situation, make, lambda: ours(0.3, penalty=0.01, bound=0.9)[::-1], tmp_path / "with")
     expected = run(situation, make, list, tmp_path / "without")

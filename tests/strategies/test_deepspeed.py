@@ -1,8 +1,9 @@
 """DeepSpeed's contract in one process, with a stand-in for its engine: Lightning's own strategy runs, `deepspeed` not.
 
 What the stand-in keeps of ZeRO: the engine takes the optimizer at construction, drops empty groups in place, puts one
-flat master copy per group in place of the module's parameters, which it keeps as `bit16_groups`, and offers
-`param_groups` of the optimizer it wraps. `test_strategies.py` runs DeepSpeed itself where it is installed.
+flat master copy per group in place of the module's parameters, which it keeps as `bit16_groups`, offers `param_groups`
+of the optimizer it wraps, and lets that one step with one group after the other. `test_strategies.py` runs DeepSpeed
+itself where it is installed.
 """
 
 import sys
@@ -22,13 +23,22 @@ from lightning.pytorch.strategies import deepspeed as lightnings
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
+from torch.optim import lr_scheduler as lrs
 
-from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
+from lightning_l2 import (
+    DecayRule,
+    L2NormMonitor,
+    L2Penalty,
+    NormConstraint,
+    WeightDecay,
+    WeightDecayScheduler,
+    weight_decay_in_force,
+)
 from lightning_l2.adaptive import AdaptiveDecay, StableDecay
 from lightning_l2.norms import squared_norms
 from lightning_l2.schedules import LinearSchedule
 from lightning_l2.sharding import process_groups, whole
-from tests.helpers import Net, batches, hand_grouped, make_trainer, weights
+from tests.helpers import Net, Rows, batches, hand_grouped, make_trainer, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -64,7 +74,11 @@ class ZeroOptimizer:
     def step(self, closure: Any = None) -> None:
         for members, group in zip(self.bit16_groups, self.param_groups, strict=True):
             group["params"][0].grad = torch.cat([p.grad.flatten() for p in members])
-        self.optimizer.step()
+        groups = self.param_groups
+        for group in groups:
+            self.optimizer.param_groups = [group]
+            self.optimizer.step()
+        self.optimizer.param_groups = groups
         with torch.no_grad():
             for members, group in zip(self.bit16_groups, self.param_groups, strict=True):
                 parts = group["params"][0].split([p.numel() for p in members])
@@ -170,13 +184,18 @@ class Expert(pl.Callback):
 
 
 def fit(
-    callbacks: list[pl.Callback], strategy: Any = None, ckpt: Path | None = None, epochs: int = 2, **net: Any
+    callbacks: list[pl.Callback],
+    strategy: Any = None,
+    ckpt: Path | None = None,
+    epochs: int = 2,
+    logger: Any = False,
+    **net: Any,
 ) -> Any:
     torch.manual_seed(0)
     model = Net(adamw, **net)
     strategy = OnCPU(config={"zero_optimization": {"stage": 2}}) if strategy is None else strategy
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    options = {"accelerator": "cpu", "max_epochs": epochs, "enable_checkpointing": saves}
+    options = {"accelerator": "cpu", "max_epochs": epochs, "enable_checkpointing": saves, "logger": logger}
     trainer = make_trainer(callbacks, strategy=strategy, **options)
     trainer.fit(model, batches(5), ckpt_path=ckpt)
     return model, trainer
@@ -191,7 +210,33 @@ def test_the_stand_in_trains_as_torch_does() -> None:
     assert_close(fit([])[0], fit([], "auto")[0])
 
 
-@pytest.mark.parametrize("scheduler", [None, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6)])
+class TimmLike(lrs.LRScheduler):
+    """One base value and one warm-up step a group, and no count of them."""
+
+    def __init__(self, optimizer: Optimizer, name: str = "warmup_steps") -> None:
+        self.name = name
+        setattr(self, name, [group["lr"] / 3 for group in optimizer.param_groups])
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        pairs = zip(getattr(self, self.name), self.base_lrs, strict=True)
+        return [step * (self.last_epoch + 1) if self.last_epoch < 3 else base / self.last_epoch for step, base in pairs]
+
+
+SCHEDULERS: dict[str, Any] = {
+    "none": None,
+    "cosine": lambda o: lrs.CosineAnnealingLR(o, 6),
+    "lambda": lambda o: lrs.LambdaLR(o, lambda step: 0.9**step),
+    "one-cycle": lambda o: lrs.OneCycleLR(o, 0.02, total_steps=11),
+    "cyclic": lambda o: lrs.CyclicLR(o, 0.001, 0.02, 3, cycle_momentum=False),
+    "sequential": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o, 0.1, 1.0, 3), lrs.CosineAnnealingLR(o, 6)], [3]),
+    "chained": lambda o: lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, 1.0, 3), lrs.ExponentialLR(o, 0.9)]),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, 0.001, 5),
+    "timm": TimmLike,
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_the_groups_are_split_before_the_engine_takes_the_optimizer(scheduler: Any) -> None:
     model, trainer = fit(ours(), scheduler=scheduler)
     expected, _ = fit([Expert()], "auto", grouped=hand_grouped(0.3), scheduler=scheduler)
@@ -199,11 +244,77 @@ def test_the_groups_are_split_before_the_engine_takes_the_optimizer(scheduler: A
     assert len(trainer.optimizers[0].param_groups) == 2
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda o, rates: lrs.OneCycleLR(o, rates, total_steps=11),
+        lambda o, rates: lrs.LambdaLR(o, [lambda step, rate=rate: (1 - rate) ** step for rate in rates]),
+    ],
+    ids=["one-cycle", "lambda"],
+)
+def test_a_list_for_the_users_groups_is_one_for_theirs(of: Any) -> None:
+    """Body and head have learning rates of their own, and each is split in two."""
+
+    def two(module: Net) -> Any:
+        return [{"params": list(layer.parameters())} for layer in (module.body, module.head)]
+
+    def four(module: Net) -> Any:
+        by_ndim = [
+            [p for p in group["params"] if (p.ndim > 1) is large] for group in two(module) for large in (True, False)
+        ]
+        return [{"params": part, "weight_decay": 0.3 * (part[0].ndim > 1)} for part in by_ndim]
+
+    actual, _ = fit([WeightDecay(0.3, summary=False)], grouped=two, scheduler=lambda o: of(o, [0.01, 0.05]))
+    expected, _ = fit([], "auto", grouped=four, scheduler=lambda o: of(o, [0.01, 0.01, 0.05, 0.05]))
+    assert_close(actual, expected)
+
+
+def test_a_list_of_an_unknown_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"TimmLike has \['floors'\], as long as there are parameter groups \(1\)"):
+        fit(ours(), scheduler=lambda o: TimmLike(o, "floors"))
+
+
+class InForce(pl.Callback):
+    """Keeps lambda of each coming step, and that its groups tell the same."""
+
+    def __init__(self) -> None:
+        self.lambdas: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        self.lambdas.append(weight_decay_in_force(optimizer))
+        assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == self.lambdas[-1]
+
+
+def test_lambda_in_force_is_that_of_the_coming_step() -> None:
+    first, last, rows = InForce(), InForce(), Rows()
+    fit([L2NormMonitor(every_n_steps=1), first, *ours()[:2], last], logger=rows)
+    expected = [{"decay": pytest.approx(0.3 * step / 9), "no_decay": 0.0} for step in range(10)]
+    assert first.lambdas == last.lambdas == expected
+    assert [{name: row[f"weight_decay/{name}"] for name in ("decay", "no_decay")} for row in rows.rows] == expected
+
+
 def test_resume(tmp_path: Path) -> None:
     fit([*ours(), ModelCheckpoint(tmp_path, "half")], epochs=1)
     model, _ = fit(ours(), ckpt=tmp_path / "half.ckpt")
     expected, _ = fit([Expert()], "auto", grouped=hand_grouped(0.3))
     assert_close(model, expected)
+
+
+class OwnScheduled(pl.Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.1 * trainer.global_step / 9
+
+
+def test_a_schedule_of_the_optimizers_own_lambda_resumes(tmp_path: Path) -> None:
+    """The checkpoint has what the schedule wrote, and not the base."""
+
+    def ramp() -> WeightDecayScheduler:
+        return WeightDecayScheduler(LinearSchedule(start=0.0, end=1.0), total_steps=10)
+
+    fit([ramp(), ModelCheckpoint(tmp_path, "half")], epochs=1)
+    model, _ = fit([ramp()], ckpt=tmp_path / "half.ckpt")
+    assert_close(model, fit([OwnScheduled()], "auto")[0])
 
 
 def test_a_piece_of_a_parameter_ends_where_its_padding_begins() -> None:
