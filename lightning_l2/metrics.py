@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
+from torchmetrics.aggregation import BaseAggregator
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_l2.norms import squared_norms
 from lightning_l2.optimizers.inner import updating_optimizers
@@ -20,7 +23,7 @@ Parameters: TypeAlias = Tensor | nn.Module | Mapping[str, Tensor] | Iterable[Ten
 
 
 def l2_norm(parameters: Parameters) -> Tensor:
-    r"""Compute the L2 norm of parameters as one vector, \(\sqrt{\sum_i w_i^2}\).
+    r"""Compute the L2 norm of parameters as one vector, $\sqrt{\sum_i w_i^2}$.
 
     Args:
         parameters: A module (all its parameters), a mapping by name, tensors, or a tensor.
@@ -44,7 +47,7 @@ def l2_norm(parameters: Parameters) -> Tensor:
 
 
 def l2_penalty(param_groups: Optimizer | Iterable[Mapping[str, Any]]) -> Tensor:
-    r"""Compute the penalty \(\sum_g \frac{\lambda_g}{2} \lVert w_g \rVert_2^2\) of an optimizer's parameter groups.
+    r"""Compute the penalty $\sum_g \frac{\lambda_g}{2} \lVert w_g \rVert_2^2$ of an optimizer's parameter groups.
 
     Args:
         param_groups: An optimizer, its `param_groups`, or dicts that have `params` and `weight_decay` like them.
@@ -73,47 +76,47 @@ def l2_penalty(param_groups: Optimizer | Iterable[Mapping[str, Any]]) -> Tensor:
     return penalty
 
 
-class _Running(Metric):
-    """A number that parameters have, and its statistic over updates.
+class _OverUpdates(WrapperMetric):
+    """A number that parameters have, handed to the torchmetrics aggregator of one statistic.
 
-    All processes hold the same parameters, so they are averaged, not added up.
+    All processes hold the same parameters, so what they saw is averaged, not added up.
     """
 
     is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
 
-    def __init__(self, statistic: Statistic, of: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if statistic not in get_args(Statistic):
-            choices = ", ".join(map(repr, get_args(Statistic)))
+    _measure: Callable[..., Tensor]
+    _forward_cache: Any
+
+    def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
+        super().__init__()
+        if statistic not in _AGGREGATORS:
+            choices = ", ".join(map(repr, _AGGREGATORS))
             raise ValueError(f"Expected argument `statistic` to be one of {choices}, but got {statistic!r}.")
         self.statistic = statistic
-        # A MetricCollection takes metrics whose states have the same names and values for one.
-        self._of = of
-        for name, (start, reduction) in _STATES.items():
-            self.add_state(f"{name}_{of}", torch.tensor(start, dtype=torch.float64), dist_reduce_fx=reduction)
+        self._aggregator = _AGGREGATORS[statistic](**{"nan_strategy": math.nan, **kwargs})
+        self._aggregator.set_dtype(torch.float64)
 
-    def _add(self, value: Tensor) -> None:
-        state = self._state()
-        value = value.to(state["sum"].device, state["sum"].dtype)
-        self._set("count", state["count"] + 1)
-        self._set("sum", state["sum"] + value)
-        self._set("squares", state["squares"] + value.square())
-        self._set("min", torch.minimum(state["min"], value))
-        self._set("max", torch.maximum(state["max"], value))
-        self._set("last", value)
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._aggregator.update(self._measured(*args, **kwargs))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Update, and return the statistic of this update alone."""
+        value: Tensor = self._aggregator(self._measured(*args, **kwargs))
+        self._forward_cache = value  # where `LightningModule.log` looks for the value of a step
+        return value
 
     def compute(self) -> Tensor:
         """Return the statistic, shape `()`; NaN without an update."""
-        state = self._state()
-        mean = state["sum"] / state["count"]
-        if self.statistic == "mean":
-            return mean
-        if self.statistic == "std":
-            return (state["squares"] / state["count"] - mean.square()).clamp_min(0).sqrt()
-        return torch.where(state["count"] > 0, state[self.statistic], torch.nan)
+        value: Tensor = self._aggregator.compute()
+        # without an update, the infinity from which the smallest and the largest start
+        return value if self.update_called else value.masked_fill(value.isinf(), torch.nan)
+
+    def reset(self) -> None:
+        """Forget all updates."""
+        super().reset()
+        self._aggregator.reset()
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one or several values.
@@ -127,41 +130,111 @@ class _Running(Metric):
         """
         return self._plot(val, ax)
 
+    @property
+    def update_count(self) -> int:
+        """How many updates there were."""
+        return self._aggregator.update_count
+
+    @property
+    def update_called(self) -> bool:
+        """Whether there was an update."""
+        return self._aggregator.update_called
+
+    def persistent(self, mode: bool = False) -> None:
+        """Choose whether the statistic is in `state_dict`."""
+        self._aggregator.persistent(mode)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
+        """Change the dtype that the statistic is kept in, float64 at first."""
+        self._aggregator.set_dtype(dst_type)
+        return self
+
     def _apply(self, fn: Any, exclude_state: Sequence[str] = "") -> nn.Module:
         try:
             return super()._apply(fn, exclude_state)
         except TypeError:  # devices without float64
             return self.set_dtype(torch.float32)._apply(fn, exclude_state)
 
-    def _state(self) -> dict[str, Tensor]:
-        return {name: getattr(self, f"{name}_{self._of}") for name in _STATES}
-
-    def _set(self, name: str, value: Tensor) -> None:
-        setattr(self, f"{name}_{self._of}", value)
+    def _measured(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._measure(*args, **kwargs).to(self._aggregator.device)
 
 
-def _latest(states: Tensor) -> Tensor:
-    """Reduce states of equal processes, or of the past and the present."""
-    return states[-1]
+class _StdMetric(BaseAggregator):
+    """Aggregate values into their population standard deviation, by sums of squares that don't cancel.
+
+    Source: B. P. Welford, Note on a method for calculating corrected sums of squares and products, 1962.
+    """
+
+    moments: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(_merged, torch.zeros(3), state_name="moments", **kwargs)
+
+    def update(self, value: float | Tensor) -> None:
+        values = self._cast_and_nan_check_input(value)[0].reshape(-1, 1)
+        singles = torch.cat([torch.ones_like(values), values, torch.zeros_like(values)], dim=1)
+        self.moments = _merged(torch.cat([self.moments[None], singles]))
+
+    def compute(self) -> Tensor:
+        count, _, squares = self.moments.unbind()
+        return (squares / count).sqrt()
 
 
-_STATES: dict[str, tuple[float, Any]] = {
-    "count": (0.0, "sum"),
-    "sum": (0.0, "sum"),
-    "squares": (0.0, "sum"),
-    "min": (float("inf"), "min"),
-    "max": (float("-inf"), "max"),
-    "last": (float("nan"), _latest),
+class _LastMetric(BaseAggregator):
+    """Aggregate values into the last one."""
+
+    full_state_update = True
+    last: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(_latest, torch.tensor(torch.nan), state_name="last", **kwargs)
+
+    def update(self, value: float | Tensor) -> None:
+        values, _ = self._cast_and_nan_check_input(value)
+        if values.numel():
+            self.last = values.flatten()[-1]
+
+
+def _merged(moments: Tensor) -> Tensor:
+    """Merge counts, means and sums of squared deviations from the mean, shape `(n, 3)`, into one, shape `(3,)`.
+
+    Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Updating formulae and a pairwise algorithm for computing sample
+    variances, 1979.
+    """
+    count, mean, squares = moments[0]
+    for other_count, other_mean, other_squares in moments[1:]:
+        total = count + other_count
+        share = other_count / total.clamp_min(1)
+        difference = other_mean - mean
+        squares = squares + other_squares + difference.square() * count * share
+        count, mean = total, mean + difference * share
+    return torch.stack([count, mean, squares])
+
+
+def _latest(values: Tensor) -> Tensor:
+    """Reduce what equal processes saw."""
+    return values[-1]
+
+
+_AGGREGATORS: dict[str, type[BaseAggregator]] = {
+    "last": _LastMetric,
+    "mean": MeanMetric,
+    "min": MinMetric,
+    "max": MaxMetric,
+    "std": _StdMetric,
 }
 
 
-class L2Norm(_Running):
-    r"""The L2 norm of parameters as one vector, \(\sqrt{\sum_i w_i^2}\), over updates.
+class L2Norm(_OverUpdates):
+    r"""The L2 norm of parameters as one vector, $\sqrt{\sum_i w_i^2}$, over updates.
+
+    Each metric measures for itself. For several statistics at the price of one, hand what `l2_norm` returns to
+    torchmetrics' `MeanMetric`, `MaxMetric` and so on.
 
     Args:
         statistic: What `compute` returns of the norms that updates saw: the `"last"`, `"mean"`, `"min"`, `"max"` or
             their standard deviation (`"std"`, population).
-        kwargs: As for any torchmetrics metric.
+        kwargs: As for torchmetrics' `MeanMetric`. By default NaN counts as NaN; `nan_strategy` changes that.
 
     Raises:
         ValueError: If `statistic` is none of these.
@@ -173,8 +246,7 @@ class L2Norm(_Running):
     tensor(5., dtype=torch.float64)
     """
 
-    def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
-        super().__init__(statistic, "norm", **kwargs)
+    _measure = staticmethod(l2_norm)
 
     def update(self, parameters: Parameters) -> None:
         """Take the norm now.
@@ -182,15 +254,15 @@ class L2Norm(_Running):
         Args:
             parameters: A module (all its parameters), a mapping by name, tensors, or a tensor.
         """
-        self._add(l2_norm(parameters))
+        super().update(parameters)
 
 
-class L2Penalty(_Running):
-    r"""The penalty \(\sum_g \frac{\lambda_g}{2} \lVert w_g \rVert_2^2\) over updates.
+class L2Penalty(_OverUpdates):
+    r"""The penalty $\sum_g \frac{\lambda_g}{2} \lVert w_g \rVert_2^2$ over updates.
 
     Args:
         statistic: What `compute` returns of the penalties that updates saw, as for `L2Norm`.
-        kwargs: As for any torchmetrics metric.
+        kwargs: As for `L2Norm`.
 
     Raises:
         ValueError: If `statistic` is none of these.
@@ -203,8 +275,7 @@ class L2Penalty(_Running):
     tensor(1.2500, dtype=torch.float64)
     """
 
-    def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
-        super().__init__(statistic, "penalty", **kwargs)
+    _measure = staticmethod(l2_penalty)
 
     def update(self, param_groups: Optimizer | Iterable[Mapping[str, Any]]) -> None:
         """Take the penalty now, with the lambda that the groups have now.
@@ -212,7 +283,7 @@ class L2Penalty(_Running):
         Args:
             param_groups: An optimizer, its `param_groups`, or dicts that have `params` and `weight_decay` like them.
         """
-        self._add(l2_penalty(param_groups))
+        super().update(param_groups)
 
 
 def _tensors(parameters: Parameters) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import statistics
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -65,6 +66,13 @@ def work(rank, folder):
     for scale in scales:
         metric.update(torch.optim.SGD(fsdp2(scale).parameters(), lr=0.1, weight_decay=0.2).param_groups)
     found["penalty"] = [metric.compute().item(), statistics.fmean(0.1 * square(s) for s in scales)]
+    large = np.random.default_rng(0).normal(1e8, 1.0, 1000)
+    for name, shares in {"a large norm's std": (20, 980), "std of what one process saw": (1000, 0)}.items():
+        metric = L2Norm("std")
+        start = shares[0] * rank
+        for value in large[start : start + shares[rank]]:
+            metric.update(torch.tensor([value], dtype=torch.float64))
+        found[name] = [metric.compute().item(), np.std(large).item()]
     for name, cut in {
         "norm": lambda: l2_norm(fsdp1(1.0).parameters()),
         "penalty": lambda: penalty_of(fsdp1(1.0)),

@@ -10,11 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.aggregation import RunningMean
 from torchmetrics.classification import BinaryAccuracy
+from torchmetrics.wrappers import Running
 
 from lightning_l2.metrics import L2Norm, L2Penalty, l2_norm, l2_penalty
 
@@ -63,7 +68,10 @@ def test_norm_statistics(statistic: Any, way: str) -> None:
             assert seen.item() == pytest.approx(0.0 if statistic == "std" else norm(model(scale)), rel=1e-6, abs=1e-6)
     expected = STATISTICS[statistic]([norm(model(scale)) for scale in SCALES])
     assert metric.compute().item() == pytest.approx(expected, rel=1e-6)
+    assert metric.update_called
+    assert metric.update_count == len(SCALES)
     metric.reset()
+    assert not metric.update_called
     metric.update(model(7.0))
     assert metric.compute().item() == pytest.approx(0.0 if statistic == "std" else norm(model(7.0)), rel=1e-6, abs=1e-5)
 
@@ -83,6 +91,11 @@ def test_an_optimizer_stands_for_its_groups() -> None:
     assert metric.compute().item() == pytest.approx(penalty(model()), rel=1e-6)
 
 
+def test_a_group_without_lambda_has_no_penalty() -> None:
+    groups = [{"params": [torch.tensor([3.0, 4.0])], "weight_decay": 0.1}, {"params": [torch.ones(2)]}]
+    assert l2_penalty(groups).item() == pytest.approx(0.1 / 2 * 25)
+
+
 def test_lambda_of_the_moment_counts() -> None:
     net = model()
     groups = optimizer(net).param_groups
@@ -94,12 +107,30 @@ def test_lambda_of_the_moment_counts() -> None:
     assert metric.compute().item() == pytest.approx(2 * penalty(net), rel=1e-6)
 
 
-def test_small_changes_of_a_large_norm_are_seen() -> None:
-    values = [1000.0 + index * 1e-4 for index in range(1000)]
+def large_norms(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.random.default_rng(seed).normal(1e8, 1.0, 1000)
+
+
+@pytest.mark.parametrize("way", ["update", "forward"])
+def test_the_standard_deviation_of_large_norms_does_not_cancel(way: str) -> None:
+    """The sum of squares of these would be 1e19, of which float64 knows the multiples of 2048."""
     metric = L2Norm("std")
+    for value in large_norms():
+        getattr(metric, way)(torch.tensor([value], dtype=torch.float64))
+    assert metric.compute().item() == pytest.approx(np.std(large_norms()), rel=1e-6)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_nan_counts_unless_told_otherwise(statistic: Any) -> None:
+    values = [math.nan, 3.0, math.nan, 1.0, math.nan]
+    counted, ignored = L2Norm(statistic), L2Norm(statistic, nan_strategy="ignore")
     for value in values:
-        metric.update(torch.tensor([value], dtype=torch.float64))
-    assert metric.compute().item() == pytest.approx(statistics.pstdev(values), rel=1e-3)
+        for metric in (counted, ignored):
+            metric(torch.tensor([value]))
+    assert math.isnan(counted.compute())
+    assert ignored.compute().item() == STATISTICS[statistic]([3.0, 1.0])
+    with pytest.raises(RuntimeError, match="nan"):
+        L2Norm(statistic, nan_strategy="error").update(torch.tensor([math.nan]))
 
 
 @pytest.mark.parametrize("kind", ["module", "mapping", "list", "generator", "tensor"])
@@ -145,6 +176,12 @@ def test_a_device_without_float64() -> None:
     assert metric.compute().item() == pytest.approx(norm(model()), rel=1e-6)
 
 
+def test_another_dtype_of_the_statistic() -> None:
+    metric = L2Norm().set_dtype(torch.float32)
+    metric.update(model())
+    assert metric.compute().dtype == torch.float32
+
+
 METRICS = [L2Norm, L2Penalty]
 
 
@@ -163,6 +200,8 @@ def test_pickle_copy_and_state_dict(metric_class: type[Metric]) -> None:
     restored = metric_class()
     restored.persistent(True)
     restored.load_state_dict(metric.state_dict())
+    with pytest.warns(UserWarning, match="was called before the ``update`` method"):
+        assert restored.compute() == metric.compute()
     assert updated(restored, 4.0).compute() == updated(metric, 4.0).compute()
 
 
@@ -171,6 +210,13 @@ def test_pickle_copy_and_state_dict(metric_class: type[Metric]) -> None:
 def test_nothing_seen(metric_class: Any) -> None:
     for statistic in STATISTICS:
         assert math.isnan(metric_class(statistic).compute())
+
+
+def test_norms_that_overflowed_are_not_taken_for_nothing() -> None:
+    for statistic in ("min", "max"):
+        metric = L2Norm(statistic)
+        metric.update(torch.tensor([math.inf]))
+        assert metric.compute().item() == math.inf
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
@@ -201,7 +247,6 @@ def test_in_a_collection() -> None:
     found = {name: value.item() for name, value in collection.compute().items()}
     expected = [0.5, (1 + 3) / 3 * norm(model()), 3 * norm(model()), 9 * penalty(model())]
     assert [found[name] for name in ("accuracy", "mean", "max", "penalty")] == pytest.approx(expected, rel=1e-6)
-    assert ["max", "mean"] in [sorted(group) for group in collection.compute_groups.values()]
 
 
 def test_arithmetic_with_other_metrics() -> None:
@@ -210,6 +255,45 @@ def test_arithmetic_with_other_metrics() -> None:
     other = MeanMetric()
     other.update(3.0)
     assert (updated(L2Norm()) * other).compute().item() == pytest.approx(3 * norm(model(2.0)), rel=1e-6)
+
+
+def test_logged_by_a_module(tmp_path: Path) -> None:
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1, bias=False)
+            self.metric = L2Norm("max")
+            self.seen: list[float] = []
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            with torch.no_grad():
+                self.layer.weight.copy_(torch.tensor([[3.0, 4.0]]) / (index + 1))
+            self.metric(self.layer)
+            self.log("norm", self.metric, on_step=True, on_epoch=True)
+            return self.layer(batch).sum()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seen.append(self.trainer.callback_metrics["norm_step"].item())
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, DataLoader(torch.zeros(3, 2), batch_size=1))
+    assert module.seen == pytest.approx([5.0, 2.5, 5 / 3])
+    assert trainer.callback_metrics["norm_epoch"].item() == pytest.approx(5.0)
+    assert not module.metric.update_called
+
+
+def test_a_window_needs_the_function_and_is_refused_for_the_metric() -> None:
+    with pytest.raises(ValueError, match="full_state_update"):
+        Running(L2Norm(), window=2)
+    window = RunningMean(window=2)
+    for scale in SCALES:
+        window.update(l2_norm(model(scale)))
+    assert window.compute().item() == pytest.approx(norm(model()) * 2.0005, rel=1e-6)
 
 
 @pytest.mark.parametrize("metric_class", METRICS)
@@ -223,6 +307,7 @@ def test_plot(metric_class: Any, several: bool) -> None:
     figure, axes = metric.plot(values if several else None)
     lines = [line.get_ydata() for line in axes.get_lines()]
     assert any(len(line) == (2 if several else 1) for line in lines)
+    assert axes.get_ylim()[0] <= 0
     matplotlib.pyplot.close(figure)
 
 
