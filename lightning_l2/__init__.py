@@ -5,7 +5,6 @@ from lightning_l2.callbacks.l2_penalty import L2Penalty
 from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.norm_plots import NormPlots
 from lightning_l2.callbacks.weight_decay import WeightDecay
-from lightning_l2.callbacks.weight_decay_finder import WeightDecayFinder
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.decay_rule import DecayRule
 from lightning_l2.mixin import WeightDecayMixin
@@ -19,7 +18,6 @@ __all__ = [
     "NormConstraint",
     "NormPlots",
     "WeightDecay",
-    "WeightDecayFinder",
     "WeightDecayMixin",
     "WeightDecayScheduler",
     "assign_rules",

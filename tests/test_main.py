@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_l2 import L2Penalty, WeightDecay
 from lightning_l2.__main__ import main
 from lightning_l2.search import SearchResult
-from lightning_l2.search.project import Project
+from lightning_l2.cli.project import Project
 
 ROOT = Path(__file__).parents[1]
 PROJECT = "tests.search.cli_project"

@@ -59,8 +59,8 @@ def search_cli(path: str | None, options: type) -> Any:
     """Return a LightningCLI that parses a command line, or builds what a configuration describes without training.
 
     Args:
-        path: a project's own subclass of LightningCLI, `package.module.Class`, which it then derives from.
-        options: what `--search.*` stands for.
+        path: A project's own subclass of LightningCLI, `package.module.Class`, which it then derives from.
+        options: What `--search.*` stands for.
 
     Raises:
         ModuleNotFoundError: If jsonargparse isn't installed.
