@@ -113,7 +113,7 @@ class SearchPlan:
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
         low = (self.high or 1.0) / 2 if self.low is None else self.low
-        Range(low, low * 2 if self.high is None else self.high)
+        Range(low, max(2 * low, 1.0) if self.high is None else self.high)
         for name, allowed in (("mode", ("min", "max")), ("method", ("grid", "tpe", None)), ("pick", ("last", "best"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Expected `{name}` to be one of {allowed}, got {getattr(self, name)!r}.")

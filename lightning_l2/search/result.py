@@ -66,9 +66,10 @@ class SearchResult:
         if told := verdict(self.trials, self.plan.monitor, self.plan.sign):
             return told
         tried = [trial.weight_decay for trial in self.trials if trial.weight_decay > 0]
-        if len(tried) > 1 and self.weight_decay == max(tried):
+        low, high = self.plan.low or min(tried), self.plan.high or max(tried)
+        if len(tried) > 1 and self.weight_decay >= high:
             return "The suggested lambda is the upper end of the range: a larger one may do as well, so raise `high`."
-        if len(tried) > 1 and self.weight_decay == min(tried):
+        if len(tried) > 1 and self.weight_decay <= low:
             return "The suggested lambda is the lower end of the range: a smaller one may do better, so lower `low`."
         return None
 
