@@ -179,7 +179,8 @@ def _over_lambda(axes: Axes, result: SearchResult, title: str, ylabel: str) -> N
         words.set_axis(axes.xaxis)
         labels = ["0", *(words(tick) if len(decades) > 2 or math.log10(tick) % 1 == 0 else f"{tick:.2g}" for tick in decades)]
         axes.set_xticks([zero, *decades], labels)
-        axes.xaxis.set_minor_locator(LogLocator(subs=range(2, 10)))
+        minor = [tick for tick in LogLocator(subs=range(2, 10)).tick_values(low, high) if low < tick <= high * 1.3]
+        axes.xaxis.set_minor_locator(FixedLocator(minor))
         axes.xaxis.set_minor_formatter(NullFormatter())
         # no scale between 0 and the lowest lambda
         axes.axvspan(zero * 1.3, low / 1.3, color="white", zorder=0.9, linewidth=0)

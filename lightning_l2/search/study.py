@@ -232,7 +232,7 @@ def _train_seeds(
             return f"{plan.monitor} is {run.value} with seed {seed}", False
         if by_seed:
             report(seed, run.value)
-    return None, stopped and len(runs) < plan.seeds
+    return None, stopped and not (by_seed and len(runs) == plan.seeds)
 
 
 def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, dict[str, float]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -113,11 +114,14 @@ def fit_from(make: Make, monitor: str) -> Fit:
         monitor: The metric that decides.
     """
 
+    looked_at: list[weakref.ref[Any]] = []
+
     def fit(run: TrialRun) -> Outcome:
         with isolate_rng():
             pl.seed_everything(run.seed, workers=True, verbose=False)
-            parts = make(run.weight_decay, **run.others)
-            trainer, module, *data = _checked(parts)
+            trainer, module, *data = _checked(make(run.weight_decay, **run.others), looked_at)
+            if run.only_looks:
+                looked_at.append(weakref.ref(trainer))
             return train(trainer, module, *data, monitor=monitor, run=run)
 
     return fit
@@ -144,15 +148,15 @@ def train(trainer: Any, module: Any, *data: Any, monitor: str, run: TrialRun, **
     return recorder.outcome(trainer)
 
 
-def _checked(parts: Any) -> tuple[Any, ...]:
+def _checked(parts: Any, looked_at: Sequence[weakref.ref[Any]]) -> tuple[Any, ...]:
     if not (isinstance(parts, tuple | list) and len(parts) >= 2 and hasattr(parts[0], "fit")):
         raise MisconfigurationException(
             "Expected make to return (trainer, module), (trainer, module, data) or (trainer, module, "
             f"train_dataloaders, val_dataloaders) but got {type(parts).__name__}: {parts!r:.80}."
         )
-    if parts[0].global_step or parts[0].current_epoch:
+    if parts[0].global_step or parts[0].current_epoch or any(parts[0] is known() for known in looked_at):
         raise MisconfigurationException(
-            f"The Trainer that make returned has trained before (global_step={parts[0].global_step}). "
+            f"The Trainer that make returned was in use before (global_step={parts[0].global_step}). "
             "Build a new Trainer and a new module in each call of make."
         )
     return tuple(parts)

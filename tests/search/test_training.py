@@ -18,7 +18,8 @@ from lightning_l2 import WeightDecay
 from lightning_l2.search import Range, search_weight_decay
 from tests.helpers import ValidatedNet, batches, data, make_trainer
 
-search = functools.partial(search_weight_decay, progress=False)
+# Lambda = 0 has tests of its own.
+search = functools.partial(search_weight_decay, progress=False, zero=False, low=1e-5, high=1e-1)
 
 
 class Logging(ValidatedNet):
@@ -51,7 +52,7 @@ def test_a_trainer_a_module_and_data() -> None:
     assert result.train_metric == "train_loss_epoch"
 
 
-def test_lambda_acts_and_the_norm_is_of_the_weights_that_decay() -> None:
+def test_lambda_acts_and_the_norm_is_of_all_weights() -> None:
     """Under a learning rate of 0 nothing moves, so the norm is the initial one of the seed."""
 
     def still(weight_decay: float) -> tuple[Any, ...]:
@@ -62,8 +63,8 @@ def test_lambda_acts_and_the_norm_is_of_the_weights_that_decay() -> None:
     for run in runs:
         pl.seed_everything(run.seed, verbose=False)
         module = Logging()
-        body, head = (float(layer.weight.detach().norm()) for layer in (module.body[0], module.head))
-        assert run.l2_norm == pytest.approx(math.hypot(body, head), rel=1e-6)
+        norms = [float(weight.detach().double().norm()) for weight in module.parameters()]
+        assert run.l2_norm == pytest.approx(math.hypot(*norms), rel=1e-6)
     assert runs[0].value == runs[2].value, "the same seed gives the same training"
     assert runs[0].value != runs[1].value
     result = search(make, trials=3, seeds=1, low=1e-5, high=10.0)
@@ -112,7 +113,9 @@ def test_a_joint_search_hands_the_other_values_over() -> None:
         return make(weight_decay)
 
     result = search(with_lr, also={"lr": Range(1e-3, 1e-1)}, trials=3, seeds=1)
-    assert seen == [(trial.weight_decay, trial.others["lr"]) for trial in result.trials]
+    looked, *trained = seen
+    assert looked == (1e-3, pytest.approx(1e-2)), "the middle of the range, where the training is only looked at"
+    assert trained == [(trial.weight_decay, trial.others["lr"]) for trial in result.trials]
 
 
 def test_hopeless_trainings_stop_in_their_second_half() -> None:
@@ -191,8 +194,12 @@ def test_no_validation_data() -> None:
 
 def test_a_trainer_that_trained_before() -> None:
     trainer, module, *loaders = make(0.1)
-    with pytest.raises(MisconfigurationException, match=r"has trained before \(global_step=16\)\. Build a new Trainer"):
+    with pytest.raises(MisconfigurationException, match=r"was in use before \(global_step=0\)\. Build a new Trainer"):
         search(lambda weight_decay: (trainer, module, *loaders), trials=2, seeds=1)
+    trained = make(0.1)
+    trained[0].fit(*trained[1:])
+    with pytest.raises(MisconfigurationException, match=r"was in use before \(global_step=16\)"):
+        search(lambda weight_decay: trained, trials=2, seeds=1)
 
 
 def test_make_returns_something_else() -> None:
