@@ -55,6 +55,8 @@ def _load(file: Path) -> dict[str, Any]:
 def _merged(first: Any, second: Any) -> Any:
     """Return what LightningCLI makes of a value in two configurations: lists by position, `callbacks+` at their end."""
     if isinstance(first, dict) and isinstance(second, dict):
+        if first.get("class_path") != second.get("class_path", first.get("class_path")):
+            return second
         merged = {**first, **{key: _merged(first.get(key), value) for key, value in second.items()}}
         if (more := second.get("callbacks+")) is not None:
             merged["callbacks"] = [*(first.get("callbacks") or []), *(more if isinstance(more, list) else [more])]

@@ -68,7 +68,7 @@ def _peak_lr(trainer: Any) -> float:
         count = steps if config.interval == "step" else math.ceil(steps / per_epoch)
         with warnings.catch_warnings(), suppress(Exception):
             warnings.simplefilter("ignore")  # that no optimizer stepped
-            for _ in range(int(min(count / config.frequency, MOST_STEPS))):
+            for _ in range(int(min((count - 1) / config.frequency, MOST_STEPS))):
                 config.scheduler.step()
                 peak = max(peak, _largest(groups))
     return peak

@@ -1,5 +1,6 @@
 """The search on Trainers."""
 
+import contextlib
 import functools
 import importlib
 import math
@@ -217,11 +218,54 @@ def test_a_diverging_training_of_a_trainer() -> None:
     assert result.trials[2].error == "val_loss is nan with seed 0"
 
 
+class Linear(pl.LightningModule):
+    """Linear regression, which gradient descent on the squared error with weight decay turns into ridge regression."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(20, 1, bias=False)
+        self.lr = lr
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.line(batch[0]), batch[1]) / 2
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val_loss", self.training_step(batch))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def test_the_regret_on_ridge_problems_in_real_trainings() -> None:
+    """Ten problems of 20 weights and 30 samples, noise 1: what is known is the held-out loss of the closed form."""
+    regrets = []
+    for problem in range(10):
+        generator = torch.Generator().manual_seed(problem)
+        w = torch.randn(20, 1, generator=generator)
+        x, held = (torch.randn(n, 20, generator=generator) for n in (30, 200))
+        y, truth = (inputs @ w + torch.randn(len(inputs), 1, generator=generator) for inputs in (x, held))
+
+        def ridge(weight_decay: float, x=x, y=y, held=held, truth=truth) -> float:
+            a = x.double().T @ x.double() / 30 + weight_decay * torch.eye(20, dtype=torch.float64)
+            solution = torch.linalg.solve(a, x.double().T @ y.double() / 30)
+            return float((held.double() @ solution - truth.double()).square().mean()) / 2
+
+        def linear(weight_decay: float, x=x, y=y, held=held, truth=truth) -> tuple[Any, ...]:
+            trainer = make_trainer([WeightDecay(weight_decay, summary=False)])
+            return trainer, Linear(0.1), *(DataLoader(pairs, None) for pairs in ([(x, y)] * 100, [(held, truth)]))
+
+        result = search_weight_decay(linear, trials=7, seeds=2, progress=False)
+        best = min(ridge(10.0**power) for power in torch.linspace(-4, 1, 200).tolist())
+        regrets.append(ridge(result.weight_decay) / best - 1)
+    assert sum(regrets) / 10 <= 0.05
+
+
 class Digits(pl.LightningModule):
     """A network with far more weights than the 200 images it learns from."""
 
-    def __init__(self) -> None:
+    def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
+        self.lr = lr
         self.layers = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -234,7 +278,31 @@ class Digits(pl.LightningModule):
         self.log("test_error", (self.layers(batch[0]).argmax(1) != batch[1]).float().mean())
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.0)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"low": 1e-9, "high": 1e-4}])
+def test_digits_where_lambda_hardly_acts(bounds: dict[str, float]) -> None:
+    """AdamW(lr=1e-3) for 100 steps: lambda is found to matter or not to, and one that does nothing isn't suggested."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    train, val = (TensorDataset(images[part].float() / 16, labels[part]) for part in (slice(0, 500), slice(500, 900)))
+
+    def digits(weight_decay: float) -> tuple[Any, ...]:
+        trainer = make_trainer([WeightDecay(weight_decay, summary=False)], max_epochs=5)
+        return trainer, Digits(lr=1e-3), DataLoader(train, 25, shuffle=True), DataLoader(val, 400)
+
+    with pytest.warns(UserWarning, match=r"eta \* T = 0\.1") if bounds else contextlib.nullcontext():
+        result = search_weight_decay(digits, trials=5, seeds=2, progress=False, **bounds)
+    zero = [run.value for run in next(trial for trial in result.trials if trial.weight_decay == 0).runs]
+    values = {trial.weight_decay: [run.value for run in trial.runs] for trial in result.trials}
+    assert result.weight_decay == 0 or values[result.weight_decay] != zero
+    if bounds:
+        assert result.remark is not None
+        assert "does not" in result.remark
+    else:
+        assert result.lr_steps == pytest.approx(0.1)
+        gain = 1 - np.mean(values[result.weight_decay]) / np.mean(zero)
+        assert gain >= 0.01 or "does not help" in result.remark
 
 
 def test_digits_with_few_samples() -> None:
