@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter, signature
@@ -181,6 +181,8 @@ def _without_defaults(value: Any) -> Any:
 def _is_default(value: Any, kind: Any, name: str) -> bool:
     parameter = signature(kind).parameters.get(name)
     default = parameter.default if parameter is not None else Parameter.empty
+    if is_dataclass(default) and not isinstance(default, type):
+        default = asdict(default)
     return bool(value == (list(default) if isinstance(default, tuple) else default))
 
 

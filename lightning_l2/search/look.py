@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_l2.both_packages import derive_from_both
@@ -40,9 +42,12 @@ def look(trainer: Any, module: Any, *data: Any, **fit_options: Any) -> dict[str,
     The Trainer and the module are of no use afterwards. Loggers see nothing of it.
     """
     trainer.callbacks.append(Look())
-    if trainer.loggers:
-        trainer.loggers = [DummyLogger()]
-    trainer.fit(module, *data, **fit_options)
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the training come with the first trial
+        if trainer.loggers:
+            # The first takes any call; callbacks that read their metrics back ask for one with files.
+            trainer.loggers = [DummyLogger(), CSVLogger(folder)]
+        trainer.fit(module, *data, **fit_options)
     lr_steps = float(trainer.callback_metrics.get("lr_steps", math.nan))
     return {"lr_steps": lr_steps} if 0 < lr_steps < math.inf else {}
 

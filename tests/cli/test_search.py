@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_l2 import L2Penalty, WeightDecay
 from lightning_l2.__main__ import main
-from lightning_l2.search import SearchResult
+from lightning_l2.search import SearchResult, Trial
 from lightning_l2.cli.project import Project
 
 ROOT = Path(__file__).parents[2]
@@ -263,12 +263,38 @@ def test_wrong_options(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("config", [{"model": {"hidden": 4}}, {}])
+@pytest.mark.parametrize("own", [[], ["--cli", f"{PROJECT}.LinkedCLI"], ["--cli", f"{PROJECT}.PlainCLI"]])
 def test_a_configuration_without_classes_is_told_which_options_name_them(
-    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    own: list[str], config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["search", "--config", write("fit.yaml", {"trainer": BASE["trainer"]}, config)])
-    assert "give them here too: --model_class package.module.Class." in capsys.readouterr().err
+        main(["search", *own, "--config", write("fit.yaml", {"trainer": BASE["trainer"]}, config)])
+    told = capsys.readouterr().err
+    assert "give them here too: --model_class package.module.Class and --data_class package.module.Class." in told
+
+
+def test_the_projects_own_cli_with_its_classes() -> None:
+    config = write("fit.yaml", {"trainer": BASE["trainer"], "model": {"hidden": 4}, "data": {"batch_size": 16}})
+    classes = ["--model_class", f"{PROJECT}.Model", "--data_class", f"{PROJECT}.Data"]
+    assert search("--cli", f"{PROJECT}.PlainCLI", *classes, "--config", config, trials=1) == 0
+
+
+def test_best_yaml_holds_what_differs_from_the_defaults() -> None:
+    rules = [{"name": "own", "pattern": "layers.0", "multiplier": 2.0}, "default"]
+    decay = {"class_path": "lightning_l2.WeightDecay", "init_args": {"weight_decay": 5.0, "rules": rules}}
+    schedule = {"class_path": "lightning_l2.schedules.CosineSchedule", "init_args": {"start": 1.0, "end": 2.0}}
+    callbacks = [
+        {"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss", "patience": 7}},
+        decay,
+        {"class_path": "lightning_l2.WeightDecayScheduler", "init_args": {"schedule": schedule}},
+        {"class_path": "lightning_l2.L2NormMonitor"},
+    ]
+    config = write("fit.yaml", BASE, {"trainer": {**BASE["trainer"], "callbacks": callbacks}})
+    project = Project(["--config", config])
+    best = project.best(Trial(0, 0.25))
+    expected = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": callbacks[0]["init_args"]}
+    found = {"class_path": "lightning_l2.WeightDecay", "init_args": {"weight_decay": 0.25, "rules": rules}}
+    assert best == {"trainer": {"callbacks": [expected, found, *callbacks[2:]]}}
 
 
 def test_a_metric_that_never_appears_and_the_mended_command(capsys: pytest.CaptureFixture[str]) -> None:
