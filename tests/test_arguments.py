@@ -35,7 +35,6 @@ PUBLIC: dict[Any, dict[str, Any]] = {
     lightning_l2.L2Penalty: {"weight_decay": 0.1},
     lightning_l2.NormConstraint: {"bound": 1.0},
     lightning_l2.NormPlots: {},
-    lightning_l2.WeightDecayFinder: {},
     lightning_l2.DecayRule: {"name": "a"},
     NormAlarms: {},
     Range: {"low": 0.1, "high": 1.0},

@@ -1,4 +1,4 @@
-"""The command line, `python -m lightning_l2 COMMAND`. A command is imported when it is called: Lightning takes seconds."""
+"""The command line, `python -m lightning_l2 COMMAND`; a command is imported when it is called."""
 
 from __future__ import annotations
 

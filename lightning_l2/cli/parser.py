@@ -39,7 +39,9 @@ def explain(message: str, absent: Sequence[str], parser: Any) -> str:
     missing = [name for name in absent if re.search(rf'(key "|fit\.){name}', message)]
     if not missing:
         return message
-    options = " and ".join(f"--{name}_class package.module.Class" for name in (absent if "model" in missing else missing))
+    options = " and ".join(
+        f"--{name}_class package.module.Class" for name in (absent if "model" in missing else missing)
+    )
     return (
         f"{message}\nWhere the program names its classes itself, as LightningCLI(Model, Data) or MyCLI(Model, Data) "
         f"does, so that the configuration has no class_path, give them here too: {options}."

@@ -20,7 +20,9 @@ def run(arguments: Sequence[str]) -> int:
         prog="python -m lightning_l2 preview", description="Draw lambda over the training that YAML files ask for."
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="a YAML file with trainer.callbacks, as for `fit`")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the same; several times as for `fit`")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="the same; several times as for `fit`"
+    )
     parser.add_argument("--output", metavar="FILE", help="picture to write; by default a PNG beside the last file")
     options = parser.parse_args(arguments)
     files = [*options.files, *options.config]

@@ -180,7 +180,7 @@ def _without_defaults(value: Any) -> Any:
 
 def _is_default(value: Any, kind: Any, name: str) -> bool:
     parameter = signature(kind).parameters.get(name)
-    default = parameter.default if parameter is not None else Parameter.empty
+    default: Any = Parameter.empty if parameter is None else parameter.default
     if is_dataclass(default) and not isinstance(default, type):
         default = asdict(default)
     return bool(value == (list(default) if isinstance(default, tuple) else default))

@@ -24,7 +24,7 @@ def preview(config: str | Path | Sequence[str | Path], output: str | Path | None
     """Draw lambda of each group over the training that a configuration asks for, and write the picture.
 
     Args:
-        config: A YAML file with `trainer.callbacks`, as LightningCLI takes it; or several, later ones over earlier ones.
+        config: A YAML file with `trainer.callbacks`, as LightningCLI takes it; or several, later over earlier.
         output: The picture to write, of any type that matplotlib writes; by default a PNG beside the last file.
 
     Returns:

@@ -62,6 +62,7 @@ def plot_schedule(
     words = ("Multiplier of weight decay", "multiplier") if weight_decay is None else ("Weight decay", "λ")
     style_axes(axes, f"{words[0]}: {type(schedule).__name__}", words[1])
     axes.set_xlabel(unit)
+    axes.xaxis.get_major_locator().set_params(integer=steps is not None or epochs is not None)
     draw_curves(axes, curves)
     fit_scale(axes, curves)
     return figure

@@ -39,6 +39,7 @@ def stacked_axes(heights: Sequence[float], width: float = 8.5) -> tuple[Figure, 
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     rows: list[Axes] = list(grid[:, 0])
     rows[-1].set_xlabel("optimizer step")
+    rows[-1].xaxis.get_major_locator().set_params(integer=True)  # there is no half a step
     return figure, rows
 
 
@@ -106,7 +107,10 @@ def without_common_prefix(names: Sequence[str]) -> list[str]:
         common += 1
     if common and any(part[common].isdigit() for part in parts):
         common -= 1
-    return [_elide(".".join(part[common:])) for part in parts]
+    labels = [".".join(part[common:]) for part in parts]
+    elided = [_elide(label) for label in labels]
+    # Names that would look alike stay whole.
+    return [label if elided.count(short) > 1 else short for label, short in zip(labels, elided, strict=True)]
 
 
 def row_labels(names: Sequence[str], limit: int) -> tuple[list[float], list[str], list[int]]:

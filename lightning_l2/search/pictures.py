@@ -30,9 +30,6 @@ def plot_metric(result: SearchResult) -> Figure:
     Above are the mean and each seed, below the mean difference, paired by seed, with its standard error; where 0 was
     not tried, to the best. Trials that were stopped early are circles at the edge, since they have no last value, and
     failed ones crosses.
-
-    Args:
-        result: What a search found, with a complete trial at least.
     """
     figure = new_figure(8.5, 6.0)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -43,7 +40,8 @@ def plot_metric(result: SearchResult) -> Figure:
     edge = 0.98 if result.plan.mode == "min" else 0.02
     for state, marker, label in (("pruned", "o", "stopped early"), ("failed", "x", "failed")):
         if lambdas := [_place(trial, result) for trial in _of_state(result, state)]:
-            style: dict[str, Any] = {"color": GREY, "markerfacecolor": "white", "transform": upper.get_xaxis_transform()}
+            at_edge = upper.get_xaxis_transform()
+            style: dict[str, Any] = {"color": GREY, "markerfacecolor": "white", "transform": at_edge}
             upper.plot(lambdas, [edge] * len(lambdas), marker, label=label, **style)
     _mark(upper, result)
     zero = zero_trial(result.trials)
@@ -58,6 +56,10 @@ def plot_metric(result: SearchResult) -> Figure:
     bars: dict[str, Any] = {"color": "black", "markersize": 4, "capsize": 3, "linewidth": 1.2, "label": label}
     points = [_place(trial, result) for trial in others], [away.mean for away in differences]
     lower.errorbar(*points, yerr=errors, fmt=_line(others), **bars)
+    small = max([*errors, 0.01 * abs(result.best.mean)])
+    if small and max((abs(value) for value in points[1]), default=0.0) > 20 * small:
+        # What harms by far would press what decides flat.
+        lower.set_yscale("symlog", linthresh=small)
     _mark(lower, result)
     for axes in (upper, lower):
         legend_beside(axes)
@@ -70,9 +72,6 @@ def plot_curves(result: SearchResult) -> Figure:
     """Draw the training and the validation metric over the epochs, a curve for each lambda: the mean over its seeds.
 
     The suggested one is thick, those of trials that were stopped early are dotted, that of lambda = 0 is black.
-
-    Args:
-        result: What a search found, with a complete trial at least.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -111,9 +110,6 @@ def plot_curves(result: SearchResult) -> Figure:
 def plot_norm(result: SearchResult) -> Figure:
     """Draw the L2 norm of the trained weights against lambda.
 
-    Args:
-        result: What a search found.
-
     Raises:
         ValueError: If no norm was measured.
     """
@@ -122,7 +118,7 @@ def plot_norm(result: SearchResult) -> Figure:
         raise ValueError("No norm of the weights was measured. A fit function can return it as 'l2_norm'.")
     figure, axes = _one_panel(result, "L2 norm of the weights after training", "‖w‖")
     _draw(axes, result, trials, lambda trial: [run.l2_norm for run in trial.runs if run.l2_norm is not None])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.06 * max(run.l2_norm or 0.0 for trial in trials for run in trial.runs))
     _mark(axes, result)
     legend_beside(axes)
     return figure
@@ -131,17 +127,12 @@ def plot_norm(result: SearchResult) -> Figure:
 def plot_gap(result: SearchResult) -> Figure:
     """Draw the generalisation gap against lambda: how much worse the monitored metric is than the training's.
 
-    Args:
-        result: What a search found.
-
     Raises:
         ValueError: If there is no training metric to compare with.
     """
     train, monitor, sign = result.train_metric, result.plan.monitor, result.plan.sign
     if train is None:
-        raise ValueError(
-            f"No training metric belongs to {monitor!r}. Log one as {monitor.replace('val', 'train')!r}."
-        )
+        raise ValueError(f"No training metric belongs to {monitor!r}. Log one as {monitor.replace('val', 'train')!r}.")
     words = f"{monitor} - {train}" if sign > 0 else f"{train} - {monitor}"
     figure, axes = _one_panel(result, "Generalisation gap", words)
     trials = [trial for trial in _of_state(result, "complete") if all(train in run.metrics for run in trial.runs)]
@@ -161,7 +152,7 @@ def _one_panel(result: SearchResult, title: str, ylabel: str) -> tuple[Figure, A
 
 def _over_lambda(axes: Axes, result: SearchResult, title: str, ylabel: str) -> None:
     """Make lambda's axis logarithmic, with a place for 0 apart where 0 was tried."""
-    from matplotlib.ticker import FixedLocator, LogFormatterMathtext, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
     low, high = _ends(result)
     style_axes(axes, title, ylabel)
@@ -174,11 +165,9 @@ def _over_lambda(axes: Axes, result: SearchResult, title: str, ylabel: str) -> N
         if len(decades) < 2:
             decades = [low, high]
         axes.set_xlim(zero / 1.3, high * 1.3)
-        axes.xaxis.set_major_locator(FixedLocator([zero, *decades]))
-        words = LogFormatterMathtext()
-        words.set_axis(axes.xaxis)
-        labels = ["0", *(words(tick) if len(decades) > 2 or math.log10(tick) % 1 == 0 else f"{tick:.2g}" for tick in decades)]
-        axes.set_xticks([zero, *decades], labels)
+        powers = [math.log10(tick) for tick in decades]
+        words = [f"$10^{{{power:.0f}}}$" if power % 1 == 0 else f"{10**power:.2g}" for power in powers]
+        axes.set_xticks([zero, *decades], ["0", *words])
         minor = [tick for tick in LogLocator(subs=range(2, 10)).tick_values(low, high) if low < tick <= high * 1.3]
         axes.xaxis.set_minor_locator(FixedLocator(minor))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -197,7 +186,7 @@ def _ends(result: SearchResult) -> tuple[float, float]:
 def _zero_place(result: SearchResult) -> float:
     """Return where 0 is drawn on the log axis: an eighth of the range beneath its lower end."""
     low, high = _ends(result)
-    return low / max((high / low) ** 0.125, 3.0)
+    return float(low / max((high / low) ** 0.125, 3.0))
 
 
 def _place(trial: Trial, result: SearchResult) -> float:
@@ -217,15 +206,13 @@ def _of_state(result: SearchResult, state: str) -> list[Trial]:
     return sorted(trials, key=lambda trial: trial.weight_decay)
 
 
-def _draw(
-    axes: Axes, result: SearchResult, trials: Sequence[Trial], values: Callable[[Trial], list[float]]
-) -> None:
+def _draw(axes: Axes, result: SearchResult, trials: Sequence[Trial], values: Callable[[Trial], list[float]]) -> None:
     """Draw the mean of each trial, 0 without a line to the others, and each seed."""
     several = result.plan.seeds > 1
     style: dict[str, Any] = {"color": "black", "markersize": 4, "linewidth": 1.2}
     label: str | None = "mean over the seeds" if several else "trial"
-    for part in ([trial for trial in trials if trial.weight_decay], [trial for trial in trials if not trial.weight_decay]):
-        if part:
+    for is_zero in (False, True):
+        if part := [trial for trial in trials if (trial.weight_decay == 0) == is_zero]:
             places = [_place(trial, result) for trial in part]
             axes.plot(places, [fmean(values(trial)) for trial in part], _line(part), label=label, **style)
             label = None
@@ -243,7 +230,9 @@ def _mark(axes: Axes, result: SearchResult) -> None:
     best, suggestion = result.best, result.suggestion
     same = best.number == suggestion.number
     label = f"best{' and suggested' if same else ''}: {best.weight_decay:.3g}"
-    style: dict[str, Any] = {"color": SUGGESTED, "zorder": 1.7} if same else {"color": BEST, "linestyle": "--", "zorder": 1.6}
+    style: dict[str, Any] = (
+        {"color": SUGGESTED, "zorder": 1.7} if same else {"color": BEST, "linestyle": "--", "zorder": 1.6}
+    )
     axes.axvline(_place(best, result), label=label, **style)
     if not same:
         words = f"suggested: {suggestion.weight_decay:.3g}"

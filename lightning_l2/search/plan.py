@@ -137,13 +137,11 @@ class SearchPlan:
             )
 
     def within(self, lr_steps: float | None) -> SearchPlan:
-        """Return the plan with numbers for both ends of the range.
-
-        Args:
-            lr_steps: Peak of the learning rate times optimizer steps, or None where they aren't known.
-        """
+        """Return the plan with numbers for both ends of the range."""
         ends = UNKNOWN if lr_steps is None else tuple(float(f"{strength / lr_steps:.3g}") for strength in STRENGTHS)
-        low, high = (given if given is not None else end for given, end in zip((self.low, self.high), ends, strict=True))
+        low, high = (
+            given if given is not None else end for given, end in zip((self.low, self.high), ends, strict=True)
+        )
         return replace(self, low=low, high=high)
 
     @property
@@ -194,10 +192,6 @@ class SearchPlan:
 
 def middle_of_gap(tried: Sequence[float], chosen: Sequence[float]) -> float:
     """Return the middle, on the log scale, of the widest gap beside chosen values, or of all where those are narrow.
-
-    Args:
-        tried: The values so far, two at least.
-        chosen: Those to look at more closely.
 
     >>> tried = [0.0001, 0.01, 0.1]
     >>> [middle_of_gap(tried, chosen) for chosen in ([0.01], [0.1], [])]

@@ -9,16 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_l2.search import suggestion as choice
 from lightning_l2.search.plan import SearchPlan
-from lightning_l2.search.suggestion import (
-    Difference,
-    best_trial,
-    complete_trials,
-    difference,
-    suggested_trial,
-    verdict,
-    zero_trial,
-)
+from lightning_l2.search.suggestion import Difference, complete_trials, difference, zero_trial
 from lightning_l2.search.trials import Trial
 
 
@@ -30,13 +23,6 @@ class SearchResult:
         trials: All trials in the order of their numbers.
         plan: What was searched.
         lr_steps: Peak of the learning rate times optimizer steps, or None where they weren't known.
-
-    >>> def fit(run):
-    ...     return 1 + (run.weight_decay - 0.01) ** 2 + 0.01 * run.seed
-    >>> from lightning_l2.search import search_weight_decay
-    >>> result = search_weight_decay(fit=fit, high=1.0, first=0.01, trials=3, seeds=2, progress=False)
-    >>> result.weight_decay
-    0.01
     """
 
     trials: Sequence[Trial]
@@ -46,12 +32,12 @@ class SearchResult:
     @property
     def best(self) -> Trial:
         """The trial with the best mean of the metric, which may be that of lambda = 0."""
-        return best_trial(self.trials, self.plan.sign)
+        return choice.best_trial(self.trials, self.plan.sign)
 
     @property
     def suggestion(self) -> Trial:
         """The trial with the largest lambda that is as good as the best within one standard error, paired by seed."""
-        return suggested_trial(self.trials, self.plan.sign)
+        return choice.suggested_trial(self.trials, self.plan.sign)
 
     @property
     def weight_decay(self) -> float:
@@ -63,7 +49,7 @@ class SearchResult:
         """What is to be said of the suggestion: that decay doesn't help, or that the range should go on."""
         if not complete_trials(self.trials):
             return None
-        if told := verdict(self.trials, self.plan.monitor, self.plan.sign):
+        if told := choice.verdict(self.trials, self.plan.monitor, self.plan.sign):
             return told
         tried = [trial.weight_decay for trial in self.trials if trial.weight_decay > 0]
         low, high = self.plan.low or min(tried), self.plan.high or max(tried)
@@ -120,11 +106,7 @@ class SearchResult:
         return rows
 
     def table(self) -> str:
-        """Return the trials as text, in the order of lambda, with the best and the suggested one marked.
-
-        Beneath it stands how differences are taken, and where the suggestion is no lambda that helps, or the range too
-        small.
-        """
+        """Return the trials as text, with the best and the suggested one marked, and what is to be said of them."""
         others = list(self.plan.also)
         paired = ["difference to the best", "its standard error"]
         known = self.lr_steps is not None
@@ -155,9 +137,6 @@ class SearchResult:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write trials.csv, metric.png, curves.png and, where they were measured, l2_norm.png and gap.png.
-
-        Args:
-            folder: Where to; made if it isn't there.
 
         Returns:
             The files, the table first. Without a complete trial there are no pictures.

@@ -97,32 +97,16 @@ def search_weight_decay(
             metric never appeared in a training, or the storage holds another search under this name.
         RuntimeError: If every trial failed.
 
-    >>> import lightning.pytorch as pl
-    >>> import torch
-    >>> from torch.utils.data import DataLoader, TensorDataset
-    >>> class Net(pl.LightningModule):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.layer = torch.nn.Linear(4, 1)
-    ...     def training_step(self, batch):
-    ...         return torch.nn.functional.mse_loss(self.layer(batch[0]), batch[1])
-    ...     def validation_step(self, batch):
-    ...         self.log("val_loss", self.training_step(batch))
-    ...     def configure_optimizers(self):
-    ...         return torch.optim.AdamW(self.parameters(), lr=0.04, weight_decay=self.weight_decay)
     >>> def make(weight_decay):
-    ...     data = TensorDataset(torch.randn(32, 4), torch.randn(32, 1))
-    ...     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-    ...                          enable_progress_bar=False, enable_model_summary=False)
-    ...     module = Net()
-    ...     module.weight_decay = weight_decay
-    ...     return trainer, module, DataLoader(data, 16), DataLoader(data, 16)
-    >>> result = search_weight_decay(make, trials=3, seeds=2, progress=False)
-    >>> sorted(trial.weight_decay for trial in result.trials)
-    [0.0, 0.125, 3.95285, 125.0]
-    >>> chosen, best, table = result.weight_decay, result.best.weight_decay, result.table()
+    ...     callbacks = [WeightDecay(weight_decay), *others]
+    ...     return Trainer(max_epochs=10, callbacks=callbacks), Net(), Data()
+    >>> def fit(run):
+    ...     return 1 + (run.weight_decay - 0.01) ** 2 + 0.01 * run.seed
+    >>> result = search_weight_decay(fit=fit, high=1.0, first=0.01, trials=3, seeds=2, progress=False)
+    >>> result.weight_decay, sorted(trial.weight_decay for trial in result.trials)
+    (0.01, [0.0, 1e-05, 0.01, 1.0])
 
-    `result.save("folder")` writes the trials as a table and as pictures.
+    `result.table()` and `result.save("folder")` show the trials as a table and as pictures.
     """
     if (make is None) == (fit is None):
         given = "neither" if make is None else "both"

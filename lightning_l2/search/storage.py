@@ -24,11 +24,11 @@ def import_optuna() -> Any:
     """Return the `optuna` module.
 
     Raises:
-        ModuleNotFoundError: If it, or scipy, which its pruner needs, isn't installed, with the command that installs it.
+        ModuleNotFoundError: If it or scipy, which its pruner needs, isn't installed, with the way to get it.
     """
     with brought_by("search", "A search for weight decay needs"):
         import optuna
-        import scipy  # noqa: F401
+        import scipy  # type: ignore[import-untyped]  # noqa: F401
     return optuna
 
 

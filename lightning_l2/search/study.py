@@ -133,13 +133,13 @@ def _look(fit: Fit, plan: SearchPlan) -> float | None:
 def _open_study(
     storage: optuna.storages.BaseStorage, name: str, plan: SearchPlan, question: Mapping[str, Any]
 ) -> optuna.Study:
-    optuna = import_optuna()
+    import optuna
+
     from lightning_l2.search.sampling import make_pruner
 
     pruner = make_pruner(plan)
-    direction = "minimize" if plan.mode == "min" else "maximize"
+    direction: Any = "minimize" if plan.mode == "min" else "maximize"
     question = json.loads(json.dumps(question, default=float))  # numbers of numpy too
-    study: optuna.Study
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction, pruner=pruner)
         study.set_user_attr("question", question)
@@ -236,7 +236,7 @@ def _train_seeds(
 
 
 def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, dict[str, float]]:
-    """Return the lambda of a trial, and what is searched jointly; lambda is kept as an attribute too, since 0 can be."""
+    """Return lambda and what is searched jointly; lambda is kept as an attribute too, since it may be 0."""
     from lightning_l2.search.sampling import PlanSampler
 
     trial.study.sampler = PlanSampler(plan, place)

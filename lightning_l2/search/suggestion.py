@@ -35,11 +35,6 @@ def difference(trial: Trial, reference: Trial, sign: int = 1) -> Difference:
 
     With $d_s$ the difference with seed $s$, of $n$ seeds, the mean is $\bar d$ and its error $\mathrm{std}(d)/\sqrt n$.
     What both share, such as a hard split of the data for one of the seeds, drops out of $d$.
-
-    Args:
-        trial: The trial in question.
-        reference: The one it is compared with.
-        sign: 1 where small values of the metric are good, -1 where large ones are.
     """
     known = {run.seed: run.value for run in reference.runs}
     worse = [sign * (run.value - known[run.seed]) for run in trial.runs if run.seed in known]
@@ -51,10 +46,6 @@ def difference(trial: Trial, reference: Trial, sign: int = 1) -> Difference:
 
 def best_trial(trials: Sequence[Trial], sign: int = 1) -> Trial:
     """Return the complete trial with the best mean; among equals the one with the largest lambda.
-
-    Args:
-        trials: The trials of a search.
-        sign: 1 where small values of the metric are good, -1 where large ones are.
 
     Raises:
         RuntimeError: If no trial is complete.
@@ -102,10 +93,6 @@ def suggested_trial(trials: Sequence[Trial], sign: int = 1) -> Trial:
 
     It is at most one decade above the best one, not worse than lambda = 0, and not equal to it in every bit. Where the
     best lambda doesn't help, it is the largest that is worse than lambda = 0 by less than 1 %, or else 0.
-
-    Args:
-        trials: The trials of a search.
-        sign: 1 where small values of the metric are good, -1 where large ones are.
 
     Raises:
         RuntimeError: If no trial is complete.

@@ -113,7 +113,6 @@ def fit_from(make: Make, monitor: str) -> Fit:
             `(trainer, module, train_dataloaders, val_dataloaders)`, all new each time.
         monitor: The metric that decides.
     """
-
     looked_at: list[weakref.ref[Any]] = []
 
     def fit(run: TrialRun) -> Outcome:

@@ -15,8 +15,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_l2 import L2Penalty, WeightDecay
 from lightning_l2.__main__ import main
-from lightning_l2.search import SearchResult, Trial
 from lightning_l2.cli.project import Project
+from lightning_l2.search import SearchResult, Trial
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "tests.cli.project"
@@ -166,7 +166,9 @@ def test_lambda_and_others_by_their_keys() -> None:
     assert 0.01 <= best.model.lr <= 0.02
     assert best.model.lr in [float(row["model.init_args.lr"]) for row in rows("elsewhere")]
     assert best.model.layers[0].out_features == 4
-    assert len(rows("elsewhere")) == 3, "no lambda = 0 in a joint search; the command line wins over the section of the file"
+    assert len(rows("elsewhere")) == 3, (
+        "no lambda = 0 in a joint search; the command line wins over the section of the file"
+    )
 
 
 def test_a_cli_of_fixed_classes() -> None:

@@ -35,7 +35,12 @@ def noam(step: int) -> float:
         ({}, {"scheduler": lambda o: schedulers.OneCycleLR(o, 0.4, total_steps=30)}, batches(30), 0.4 * 30),
         ({}, {"scheduler": lambda o: schedulers.LambdaLR(o, noam), "base": 1.0}, batches(30), 0.05 * 30),
         ({}, {"scheduler": lambda o: schedulers.CosineAnnealingLR(o, 30)}, batches(30), 0.1 * 30),
-        ({"max_epochs": 3}, {"scheduler": lambda o: schedulers.StepLR(o, 1, 2.0), "interval": "epoch"}, batches(4), 0.4 * 12),
+        (
+            {"max_epochs": 3},
+            {"scheduler": lambda o: schedulers.StepLR(o, 1, 2.0), "interval": "epoch"},
+            batches(4),
+            0.4 * 12,
+        ),
     ],
 )
 def test_the_peak_times_the_steps(trainer: dict, module: dict, loader: Any, expected: float | None) -> None:
@@ -96,7 +101,9 @@ def test_a_range_that_does_nothing_is_told_before_it_trains() -> None:
             functools.partial(make, lr=0.01, values=values), low=1e-5, high=0.1, trials=1, seeds=1, progress=False
         )
     assert len(values) == 3, "looked at, and two trials"
-    assert search_weight_decay(make, low=1e-3, high=0.1, trials=1, seeds=1, progress=False).lr_steps == pytest.approx(0.8)
+    assert search_weight_decay(make, low=1e-3, high=0.1, trials=1, seeds=1, progress=False).lr_steps == pytest.approx(
+        0.8
+    )
 
 
 def test_where_it_cant_be_known_the_range_is_the_usual_one_and_it_is_told() -> None:

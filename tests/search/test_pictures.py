@@ -12,7 +12,9 @@ from tests.figures import assert_readable
 LAMBDAS = [1e-3, 1e-1, 1e-5]
 
 
-def result(mode: Any = "min", train: bool = True, norm: bool = True, seeds: int = 2, zero: bool = False) -> SearchResult:
+def result(
+    mode: Any = "min", train: bool = True, norm: bool = True, seeds: int = 2, zero: bool = False
+) -> SearchResult:
     def run(seed: int, weight_decay: float) -> Run:
         curves = {"val_loss": [3.0, 2.0, 1.0 + seed + abs(math.log10(weight_decay) + 3)]}
         curves |= {"train_loss": [2.0, 1.0, 0.5]} if train else {}
@@ -21,7 +23,9 @@ def result(mode: Any = "min", train: bool = True, norm: bool = True, seeds: int 
 
     trials = [Trial(n, value, runs=tuple(run(s, value) for s in range(seeds))) for n, value in enumerate(LAMBDAS)]
     if zero:
-        worse = (Run(seed, 6.0 - seed, {"val_loss": 6.0, "train_loss": 0.5}, {"val_loss": [6.0] * 3}, 9.0) for seed in (0, 1))
+        worse = (
+            Run(seed, 6.0 - seed, {"val_loss": 6.0, "train_loss": 0.5}, {"val_loss": [6.0] * 3}, 9.0) for seed in (0, 1)
+        )
         trials.append(Trial(5, 0.0, runs=tuple(worse)))
     trials.append(Trial(3, 1e-2, state="pruned", runs=(run(0, 1e-2),)))
     trials.append(Trial(4, 3e-2, state="failed", runs=(Run(0, math.nan),), error="nan"))

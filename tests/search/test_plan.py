@@ -14,7 +14,10 @@ from lightning_l2.search import Range, SearchPlan
         ({"low": 1e-5, "high": math.inf}, r"finite ends, got low=1e-05, high=inf"),
         ({"low": 1e-5, "high": math.nan}, r"finite ends, got low=1e-05, high=nan"),
         ({"high": -1.0}, r"upside down"),
-        ({"first": 0.0}, r"`first`, a lambda on the log scale, to be finite and above 0, got 0.0. Lambda = 0 is a trial of"),
+        (
+            {"first": 0.0},
+            r"`first`, a lambda on the log scale, to be finite and above 0, got 0.0. Lambda = 0 is a trial of",
+        ),
         ({"trials": 0}, r"`trials` to be at least 1, got 0"),
         ({"seeds": 0}, r"`seeds` to be at least 1, got 0"),
         ({"seed": -1}, r"`seed` to be at least 0, got -1"),

@@ -39,7 +39,9 @@ def make_stale(study: optuna.Study, trial: optuna.Trial) -> None:
     with keep_alive(trial):
         pass
     with study._storage._backend.engine.begin() as connection:
-        hour = sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour') WHERE trial_id = :id")
+        hour = sqlalchemy.text(
+            "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour') WHERE trial_id = :id"
+        )
         connection.execute(hour, {"id": trial._trial_id})
 
 
@@ -65,7 +67,7 @@ def test_it_is_finished_when_every_place_has_a_result(queues: Any) -> None:
 
 
 def test_what_was_given_back_keeps_its_values_seeds_and_place(queues: Any) -> None:
-    (first, study), (second, other) = queues
+    (first, _), (second, other) = queues
     trials = [first.take() for _ in range(PLACES)]
     value = trials[1].suggest_float("weight_decay", 1e-5, 1e-1, log=True)
     trials[1].set_user_attr("runs", [{"seed": 0}])

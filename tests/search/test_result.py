@@ -54,17 +54,24 @@ def test_the_training_metric_is_found_by_its_name(monitor: str, logged: list[str
 
 
 def test_the_table() -> None:
-    assert SearchResult(TRIALS, PLAN, lr_steps=20.0).table() == "\n".join(
-        [
-            "trial  lambda  eta*lambda*T   lr  val_loss  spread  difference to the best  its standard error  l2_norm     state",
-            "    2   1e-05        0.0002  0.3         4       -                       -                   -        9    failed",
-            "    0   0.001          0.02  0.1       1.5  0.7071                       0                   0        4  complete  <- best",
-            "    3   0.005           0.1  0.4         -       -                       -                   -        -   waiting",
-            "    1    0.01           0.2  0.2      1.55  0.7778                    0.05                0.05        1  complete  <- suggested",
-            "Differences are paired by seed; positive is worse.",
-            "The suggested lambda is the upper end of the range: a larger one may do as well, so raise `high`.",
-        ]
-    )
+    left = [
+        "trial  lambda  eta*lambda*T   lr  val_loss  spread  ",
+        "    2   1e-05        0.0002  0.3         4       -  ",
+        "    0   0.001          0.02  0.1       1.5  0.7071  ",
+        "    3   0.005           0.1  0.4         -       -  ",
+        "    1    0.01           0.2  0.2      1.55  0.7778  ",
+    ]
+    right = [
+        "difference to the best  its standard error  l2_norm     state",
+        "                     -                   -        9    failed",
+        "                     0                   0        4  complete  <- best",
+        "                     -                   -        -   waiting",
+        "                  0.05                0.05        1  complete  <- suggested",
+    ]
+    *lines, paired, remark = SearchResult(TRIALS, PLAN, lr_steps=20.0).table().splitlines()
+    assert lines == [one + other for one, other in zip(left, right, strict=True)]
+    assert paired == "Differences are paired by seed; positive is worse."
+    assert remark.startswith("The suggested lambda is the upper end of the range")
     assert "eta" not in SearchResult(TRIALS, PLAN).table(), "the learning rate and the steps aren't known"
 
 

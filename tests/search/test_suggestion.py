@@ -102,7 +102,7 @@ def test_never_worse_than_zero() -> None:
 
 
 def test_weight_decay_that_does_not_help() -> None:
-    """The digits of the issue: 1e-5 to 1e-3 give 0.4138 to 0.4149, paired differences are sharp, and nothing matters."""
+    """The digits of the issue: 1e-5 to 1e-3 give 0.4138 to 0.4149, paired differences are sharp, nothing matters."""
     zero = trial(0.0, 0.4138, 0.4238, 0.4038)
     rows = {1e-5: 0.0, 3.16e-5: -0.0002, 1e-3: 0.0011, 1e-2: 0.02}
     trials = [zero, *(trial(value, *(run.value + away for run in zero.runs)) for value, away in rows.items())]
@@ -114,7 +114,10 @@ def test_what_is_better_by_less_than_its_standard_error_does_not_help() -> None:
     zero = trial(0.0, 1.0, 1.0, 1.0)
     # better by 0.2 with a standard error of 0.06, and by 0.1 with one of 0.15
     assert told(zero, trial(0.01, 0.7, 0.9, 0.8)) == (0.01, None)
-    assert told(zero, trial(0.01, 0.6, 1.1, 1.0)) == (0.01, "Weight decay does not help here; up to 0.01 it does no harm.")
+    assert told(zero, trial(0.01, 0.6, 1.1, 1.0)) == (
+        0.01,
+        "Weight decay does not help here; up to 0.01 it does no harm.",
+    )
 
 
 def test_one_percent_of_an_accuracy_is_one_of_its_errors() -> None:
