@@ -520,3 +520,15 @@ def test_names_that_would_look_alike_when_cut_stay_whole() -> None:
 def test_a_short_training_has_whole_steps() -> None:
     figure = plot_norms({"l2_norm/head": ([0, 1, 2], [1.0, 1.1, 1.2])})
     assert [tick for tick in figure.axes[-1].get_xticks() if tick % 1] == []
+
+
+def test_a_group_has_its_colour_in_every_picture() -> None:
+    groups = {"head": 0.1, "decay": 0.05, "no_decay": 0.0}
+    schedule = plot_schedule(LinearSchedule(1.0, 2.0), weight_decay=groups, steps=3)
+    history = {f"weight_decay/{name}": ([0, 1], [value, value]) for name, value in sorted(groups.items())}
+    logged = plot_norms({"l2_norm/layer": ([0, 1], [1.0, 1.1]), **history})
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (schedule.axes[0], logged.axes[1])
+    ]
+    assert colours[0] == colours[1]
+    assert len(set(colours[0].values())) == 3

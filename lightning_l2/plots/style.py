@@ -66,8 +66,10 @@ def draw_curves(axes: Axes, curves: History, **line: Any) -> None:
     named = merged
     if len(merged) > len(COLOURS):
         named = sorted(merged, key=lambda curve: _change(curve[1][1]))[1 - len(COLOURS) :]
-    for (name, (steps, values)), colour in zip((c for c in merged if c in named), COLOURS, strict=False):
-        style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "zorder": 2.5, **line}
+    # By name, so that a group has its colour in every picture, whatever the order of groups there.
+    colours = dict(zip(sorted(name for name, _ in named), COLOURS, strict=False))
+    for name, (steps, values) in (c for c in merged if c in named):
+        style: dict[str, Any] = {"color": colours[name], "linewidth": 1.8, "zorder": 2.5, **line}
         axes.plot(steps, values, label=name, marker="o" if len(steps) == 1 else None, **style)
     for index, (_, (steps, values)) in enumerate(c for c in merged if c not in named):
         label = None if index else f"{len(merged) - len(named)} that change less"

@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_l2.search import suggestion as choice
 from lightning_l2.search.plan import SearchPlan
-from lightning_l2.search.suggestion import Difference, complete_trials, difference, zero_trial
+from lightning_l2.search.suggestion import (
+    Difference,
+    best_trial,
+    complete_trials,
+    difference,
+    suggested_trial,
+    verdict,
+    zero_trial,
+)
 from lightning_l2.search.trials import Trial
 
 
@@ -32,12 +39,12 @@ class SearchResult:
     @property
     def best(self) -> Trial:
         """The trial with the best mean of the metric, which may be that of lambda = 0."""
-        return choice.best_trial(self.trials, self.plan.sign)
+        return best_trial(self.trials, self.plan.sign)
 
     @property
     def suggestion(self) -> Trial:
         """The trial with the largest lambda that is as good as the best within one standard error, paired by seed."""
-        return choice.suggested_trial(self.trials, self.plan.sign)
+        return suggested_trial(self.trials, self.plan.sign)
 
     @property
     def weight_decay(self) -> float:
@@ -49,7 +56,7 @@ class SearchResult:
         """What is to be said of the suggestion: that decay doesn't help, or that the range should go on."""
         if not complete_trials(self.trials):
             return None
-        if told := choice.verdict(self.trials, self.plan.monitor, self.plan.sign):
+        if told := verdict(self.trials, self.plan.monitor, self.plan.sign):
             return told
         tried = [trial.weight_decay for trial in self.trials if trial.weight_decay > 0]
         low, high = self.plan.low or min(tried), self.plan.high or max(tried)
