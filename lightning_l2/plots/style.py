@@ -36,10 +36,12 @@ def new_figure(width: float, height: float) -> Figure:
 def stacked_axes(heights: Sequence[float], width: float = 8.5) -> tuple[Figure, list[Axes]]:
     """Return a figure with one panel above the other, of heights in inches, over one axis of optimizer steps."""
     figure = new_figure(width, sum(heights) + 0.5 * len(heights))
+    from matplotlib.ticker import MaxNLocator
+
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     rows: list[Axes] = list(grid[:, 0])
     rows[-1].set_xlabel("optimizer step")
-    rows[-1].xaxis.get_major_locator().set_params(integer=True)  # there is no half a step
+    rows[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no half a step
     return figure, rows
 
 

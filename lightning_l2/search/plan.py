@@ -92,8 +92,8 @@ class SearchPlan:
         TypeError: If `also` has something else than a `Range`.
         ValueError: If a value is out of its range or two of them contradict each other.
 
-    >>> SearchPlan(trials=8).within(lr_steps=2.0).coarse()
-    [0.1, 0.0, 0.005, 0.707107, 5.0]
+    >>> SearchPlan(trials=8).within(lr_steps=100.0).coarse()
+    [0.001, 0.0, 0.0001, 0.01, 0.1]
     """
 
     monitor: str = "val_loss"
