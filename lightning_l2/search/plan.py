@@ -68,14 +68,14 @@ class Range:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    r"""The question a search answers, the same in every process that takes part.
+    """The question a search answers, the same in every process that takes part.
 
     Args:
         monitor: The metric that decides, by the name it is logged under.
         mode: Whether a small ("min") or a large ("max") value of it is good.
-        low: Smallest lambda (weight_decay) to try, dimensionless. None is $0.01 / (\eta T)$, with the peak of the
-            learning rate $\eta$ and $T$ optimizer steps; 1e-5 where these can't be known.
-        high: Largest lambda to try. None is $10 / (\eta T)$, or 1e-1.
+        low: Smallest lambda (weight_decay) to try, dimensionless. None is 0.01 / (eta * T), with the peak of the
+            learning rate eta and T optimizer steps; 1e-5 where these can't be known.
+        high: Largest lambda to try. None is 10 / (eta * T), or 1e-1.
         first: Lambda of the first trial; the middle of the range on the log scale where it lies outside of it.
         trials: Number of values of lambda above 0 to try.
         seeds: Trainings for each of them, each with its own random seed, the same seeds for every lambda.
