@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.cli.project import Project
 from lightning_l2.search.distributed import is_first_rank, search_on_all_ranks
-from lightning_l2.search.study import load_result
 
 if TYPE_CHECKING:
     from lightning_l2.search import SearchResult, Trial
@@ -93,6 +92,8 @@ def _search(project: Project) -> int:
     except (KeyboardInterrupt, SystemExit):
         # The Trainer turns an interrupt into an exit of the process.
         if is_first_rank():
+            from lightning_l2.search.study import load_result
+
             with suppress(KeyError):  # from a study that hadn't begun
                 _tell_interrupted(load_result(options, storage, options.name), folder, storage)
         return 130

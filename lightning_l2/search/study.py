@@ -12,21 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from optuna.trial import TrialState
 
 from lightning_l2.search.plan import STRENGTHS, WEAK, SearchPlan
 from lightning_l2.search.progress import SearchProgress, quiet_trainings
+from lightning_l2.search.queue import Queue, keep_alive, place_of, trials_by_place
 from lightning_l2.search.result import SearchResult
-from lightning_l2.search.storage import import_optuna, open_storage
+from lightning_l2.search.sampling import PlanSampler, as_trial, compares_seeds, make_pruner, weight_decay_of
+from lightning_l2.search.storage import open_storage
 from lightning_l2.search.suggestion import best_trial
 from lightning_l2.search.trials import Fit, Trial, TrialRun, as_run
-
-if TYPE_CHECKING:
-    import optuna
-
-    from lightning_l2.search.queue import Queue
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +62,7 @@ def run_search(
         RuntimeError: If no trial is complete in the end.
         ValueError: If the metric is missing.
     """
-    with _quiet(import_optuna()), quiet_trainings(), open_storage(storage, heartbeat) as opened:
-        from lightning_l2.search.queue import Queue
-
+    with _quiet_optuna(), quiet_trainings(), open_storage(storage, heartbeat) as opened:
         lr_steps = _look(fit, plan) if looks else None
         plan = plan.within(lr_steps)
         study = _open_study(opened, name, plan, {**plan.question(), "lr_steps": lr_steps, **(setting or {})})
@@ -87,7 +84,7 @@ def run_search(
 
 def load_result(plan: SearchPlan, storage: str | Path | optuna.storages.BaseStorage, name: str) -> SearchResult:
     """Return what a storage has of a search, finished or not."""
-    with _quiet(import_optuna()) as optuna, open_storage(storage) as opened:
+    with _quiet_optuna(), open_storage(storage) as opened:
         study = optuna.load_study(study_name=name, storage=opened)
         kept = study.user_attrs["question"]
         plan = replace(plan, low=kept["low"], high=kept["high"])
@@ -95,12 +92,12 @@ def load_result(plan: SearchPlan, storage: str | Path | optuna.storages.BaseStor
 
 
 @contextmanager
-def _quiet(optuna: Any) -> Iterator[Any]:
+def _quiet_optuna() -> Iterator[None]:
     """Keep Optuna from logging each trial; the progress bar and the table say it."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield optuna
+        yield
     finally:
         optuna.logging.set_verbosity(before)
 
@@ -133,10 +130,6 @@ def _look(fit: Fit, plan: SearchPlan) -> float | None:
 def _open_study(
     storage: optuna.storages.BaseStorage, name: str, plan: SearchPlan, question: Mapping[str, Any]
 ) -> optuna.Study:
-    import optuna
-
-    from lightning_l2.search.sampling import make_pruner
-
     pruner = make_pruner(plan)
     direction: Any = "minimize" if plan.mode == "min" else "maximize"
     question = json.loads(json.dumps(question, default=float))  # numbers of numpy too
@@ -163,15 +156,13 @@ def _open_study(
 
 def _has_begun(study: optuna.Study) -> bool:
     """Return whether there is a training in a study, done or running; else only settings that didn't work."""
-    idle = (import_optuna().trial.TrialState.WAITING, import_optuna().trial.TrialState.FAIL)
+    idle = (TrialState.WAITING, TrialState.FAIL)
     return any(trial.state not in idle or "runs" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
 
 
 def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: Queue, trained: Callable[[], None]) -> None:
     """Train every seed of a trial that isn't done yet and tell the study how it ended."""
-    from lightning_l2.search.queue import keep_alive, place_of
-
-    study, state = trial.study, import_optuna().trial.TrialState
+    study = trial.study
     place = place_of(study, trial)
     try:
         with keep_alive(trial):
@@ -181,7 +172,7 @@ def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: Queue, tr
                 trial.set_user_attr("error", error)
         values = [run["value"] for run in trial.user_attrs["runs"]] if error is None else []
         if error is not None or hopeless:
-            study.tell(trial, state=state.FAIL if error is not None else state.PRUNED, skip_if_finished=True)
+            study.tell(trial, state=TrialState.FAIL if error is not None else TrialState.PRUNED, skip_if_finished=True)
         else:
             study.tell(trial, statistics.fmean(values), skip_if_finished=True)
     except BaseException as exception:
@@ -194,8 +185,6 @@ def _train_seeds(
     trial: optuna.Trial, place: int, fit: Fit, plan: SearchPlan, trained: Callable[[], None]
 ) -> tuple[str | None, bool]:
     """Return why the trial failed, or None, and whether it was stopped as hopeless."""
-    from lightning_l2.search.sampling import compares_seeds
-
     by_seed = compares_seeds(plan)
     weight_decay, others = _sample(trial, place, plan)
     runs = list(trial.user_attrs.get("runs", []))
@@ -237,8 +226,6 @@ def _train_seeds(
 
 def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, dict[str, float]]:
     """Return lambda and what is searched jointly; lambda is kept as an attribute too, since it may be 0."""
-    from lightning_l2.search.sampling import PlanSampler
-
     trial.study.sampler = PlanSampler(plan, place)
     if place < len(plan.coarse()) and plan.coarse()[place] == 0:
         weight_decay = 0.0
@@ -251,12 +238,9 @@ def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, d
 
 def _any_complete(study: optuna.Study) -> bool:
     """Before, an error is most likely a mistake in the user's code; later, a training that diverged."""
-    return bool(study.get_trials(deepcopy=False, states=(import_optuna().trial.TrialState.COMPLETE,)))
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def _trials(study: optuna.Study, plan: SearchPlan) -> list[Trial]:
-    from lightning_l2.search.queue import trials_by_place
-    from lightning_l2.search.sampling import as_trial, weight_decay_of
-
     known = enumerate(trials_by_place(study)[: plan.places])
     return [as_trial(trial, place, plan) for place, trial in known if weight_decay_of(trial) is not None]
