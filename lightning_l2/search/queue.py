@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import RetryHeartbeatStaleTrialCallback
-from optuna.storages._heartbeat import get_heartbeat_thread  # no public way outside of Study.optimize
+from optuna.storages._heartbeat import get_heartbeat_thread, is_heartbeat_enabled  # no public way but optimize
 from optuna.trial import FrozenTrial, TrialState
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -70,6 +70,10 @@ class Queue:
             if len(trials) >= self._places and all(trial.state != TrialState.WAITING for trial in trials):
                 return None
             trial = self._study.ask()
+        storage: Any = self._study._storage
+        if is_heartbeat_enabled(storage):
+            # At once, not in the thread's own time: Optuna never gives up a trial that showed no sign of life at all.
+            storage.record_heartbeat(trial._trial_id)
         if place_of(self._study, trial) < self._places:
             return trial
         # Another process was faster. Were the search longer, this would be the next place.
