@@ -23,7 +23,7 @@ from lightning_l2 import adaptive, bounds, convert, schedules
 from lightning_l2.alarms import NormAlarms
 from lightning_l2.arguments import check_types
 from lightning_l2.search.plan import Range, SearchPlan
-from lightning_l2.search.project import SearchOptions
+from lightning_l2.cli.project import SearchOptions
 from tests.test_schedules import CLOSED_FORMS
 
 LINEAR = schedules.LinearSchedule(1.0, 2.0)
@@ -35,7 +35,6 @@ PUBLIC: dict[Any, dict[str, Any]] = {
     lightning_l2.L2Penalty: {"weight_decay": 0.1},
     lightning_l2.NormConstraint: {"bound": 1.0},
     lightning_l2.NormPlots: {},
-    lightning_l2.WeightDecayFinder: {},
     lightning_l2.DecayRule: {"name": "a"},
     NormAlarms: {},
     Range: {"low": 0.1, "high": 1.0},
