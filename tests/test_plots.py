@@ -24,7 +24,7 @@ from lightning_l2.plots import (
     read_history,
 )
 from lightning_l2.plots.history import curves_of
-from lightning_l2.plots.style import row_labels
+from lightning_l2.plots.style import row_labels, without_common_prefix
 from lightning_l2.schedules import CosineSchedule, LinearSchedule, StepSchedule
 from tests.figures import assert_readable, labelled_lines, words_of
 
@@ -508,3 +508,27 @@ def test_labels_of_a_short_log_axis_are_few_plain_numbers(low: float, high: floa
     ]
     assert inside == expected if expected else 2 <= len(inside) <= 5
     assert_readable(figure)
+
+
+def test_names_that_would_look_alike_when_cut_stay_whole() -> None:
+    names = [f"encoder.{kind}.a_very_long_name_of_a_layer.weight" for kind in ("first", "second", "third")]
+    assert len(set(without_common_prefix(names))) == 3
+    alike = [f"model.start_of_a_name.{word}.and_the_end_of_it" for word in ("query", "value")]
+    assert len(set(without_common_prefix([*alike, "head"]))) == 3
+
+
+def test_a_short_training_has_whole_steps() -> None:
+    figure = plot_norms({"l2_norm/head": ([0, 1, 2], [1.0, 1.1, 1.2])})
+    assert [tick for tick in figure.axes[-1].get_xticks() if tick % 1] == []
+
+
+def test_a_group_has_its_colour_in_every_picture() -> None:
+    groups = {"head": 0.1, "decay": 0.05, "no_decay": 0.0}
+    schedule = plot_schedule(LinearSchedule(1.0, 2.0), weight_decay=groups, steps=3)
+    history = {f"weight_decay/{name}": ([0, 1], [value, value]) for name, value in sorted(groups.items())}
+    logged = plot_norms({"l2_norm/layer": ([0, 1], [1.0, 1.1]), **history})
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.get_lines()} for axes in (schedule.axes[0], logged.axes[1])
+    ]
+    assert colours[0] == colours[1]
+    assert len(set(colours[0].values())) == 3

@@ -3,57 +3,85 @@
 from __future__ import annotations
 
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_l2 import schedules
 from lightning_l2.extras import brought_by
 from lightning_l2.plots.schedule import plot_schedule
-from lightning_l2.rules import Rules, resolve_rules
+from lightning_l2.rules import Rules, decay_param_groups, resolve_rules
 from lightning_l2.schedules import FeedbackSchedule, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lightning_l2.decay_rule import DecayRule
 
-def preview(config: str | Path, output: str | Path | None = None) -> Path:
+
+def preview(config: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Draw lambda of each group over the training that a configuration asks for, and write the picture.
 
     Args:
-        config: A YAML file with `trainer.callbacks`, as LightningCLI takes it.
-        output: The picture to write, of any type that matplotlib writes; by default a PNG beside `config`.
+        config: A YAML file with `trainer.callbacks`, as LightningCLI takes it; or several, later over earlier.
+        output: The picture to write, of any type that matplotlib writes; by default a PNG beside the last file.
 
     Returns:
         Where the picture is.
 
     Raises:
-        ValueError: If the file is no YAML, or has no `WeightDecayScheduler`, a wrong one, or one whose values only the
-            training can tell.
+        ValueError: If a file is no YAML, or they have no `WeightDecayScheduler`, a wrong one, or one whose values only
+            the training can tell.
         ModuleNotFoundError: If matplotlib or jsonargparse is not installed.
     """
-    config = Path(config)
-    figure = _draw(config)
-    output = config.with_suffix(".png") if output is None else Path(output)
+    files = [Path(file) for file in ([config] if isinstance(config, str | Path) else config)]
+    figure = _draw(files)
+    output = files[-1].with_suffix(".png") if output is None else Path(output)
     figure.savefig(output, dpi=150)
     return output
 
 
-def _draw(config: Path) -> Figure:
+def _load(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{config}' is no YAML: {error}") from error
-    settings = _section(settings, "fit") or _section({"settings": settings}, "settings")
+        raise ValueError(f"'{file}' is no YAML: {error}") from error
+    return _section(settings, "fit") or _section({"settings": settings}, "settings")
+
+
+def _merged(first: Any, second: Any) -> Any:
+    """Return what LightningCLI makes of a value in two configurations: lists by position, `callbacks+` at their end."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        if first.get("class_path") != second.get("class_path", first.get("class_path")):
+            return second
+        merged = {**first, **{key: _merged(first.get(key), value) for key, value in second.items()}}
+        if (more := second.get("callbacks+")) is not None:
+            merged["callbacks"] = [*(first.get("callbacks") or []), *(more if isinstance(more, list) else [more])]
+        return merged
+    if isinstance(first, list) and isinstance(second, list):
+        return [_merged(*pair) for pair in zip(first, second, strict=False)] + second[len(first) :]
+    return second
+
+
+def _draw(files: Sequence[Path]) -> Figure:
+    settings: dict[str, Any] = {}
+    for file in files:
+        settings = _merged(settings, _load(file))
+    names = " and ".join(f"'{file}'" for file in files)
     trainer = _section(settings, "trainer")
     scheduler = _callback(trainer, "WeightDecayScheduler")
     if not scheduler.get("schedule"):
         raise ValueError(
-            f"'{config}' has no WeightDecayScheduler with a `schedule` under `trainer.callbacks`, so weight decay is "
+            f"{names} has no WeightDecayScheduler with a `schedule` under `trainer.callbacks`, so weight decay is "
             "constant and there is nothing to draw."
         )
-    schedule = _parse(Schedule | FeedbackSchedule, scheduler["schedule"])
+    try:
+        schedule = _parse(Schedule | FeedbackSchedule, scheduler["schedule"])
+    except ValueError as error:
+        raise ValueError(f"{names}: {_closest(scheduler['schedule'])}{error}") from error
     if not isinstance(schedule, Schedule):
         raise ValueError(
             f"{type(schedule).__name__} answers to the training itself, so it can't be drawn before it. Train, and "
@@ -80,8 +108,29 @@ def _groups(settings: Mapping[str, Any], trainer: Mapping[str, Any], absolute: b
         return {"strongest group": 1.0} if absolute else None
     rules = resolve_rules(_parse(Rules, decay["rules"]) if "rules" in decay else "default")
     groups = {rule.name: rule.resolve(base) for rule in rules} if decay else {"all parameters": base}
+    if any(getattr(rule, "layer_multiplier", getattr(rule, "layer_decay", None)) for rule in rules):
+        groups = _layers(settings, rules, base) or groups
     strongest = max(groups.values()) if absolute else 1.0
     return {name: value / strongest for name, value in groups.items()} if strongest else groups
+
+
+def _layers(settings: Mapping[str, Any], rules: Sequence[DecayRule], base: float) -> dict[str, float]:
+    """Return lambda of each layer of a rule with `layer_multiplier`, if the configuration says of which model."""
+    model = settings.get("model")
+    if not isinstance(model, dict) or "class_path" not in model:
+        return {}
+    import lightning.pytorch as pl
+
+    groups = decay_param_groups(_parse(pl.LightningModule, model), base, rules)
+    return {group["name"]: group["weight_decay"] for group in groups}
+
+
+def _closest(schedule: object) -> str:
+    """Return in words which schedule may be meant, where there is none of that name."""
+    path = schedule.get("class_path") if isinstance(schedule, dict) else schedule
+    name = str(path).rpartition(".")[2]
+    known = [] if name in schedules.__all__ else get_close_matches(name, schedules.__all__, n=1)
+    return f"there is no schedule {name!r}. The closest is {known[0]!r}. " if known else ""
 
 
 def _callback(trainer: Mapping[str, Any], name: str) -> dict[str, Any]:

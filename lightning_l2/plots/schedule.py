@@ -59,9 +59,13 @@ def plot_schedule(
     groups = {"multiplier": 1.0} if weight_decay is None else weight_decay
     curves = {name: (at, [base * multiplier for multiplier in multipliers]) for name, base in groups.items()}
     figure, (axes,) = stacked_axes([2.6])
+    from matplotlib.ticker import AutoLocator
+
     words = ("Multiplier of weight decay", "multiplier") if weight_decay is None else ("Weight decay", "λ")
     style_axes(axes, f"{words[0]}: {type(schedule).__name__}", words[1])
     axes.set_xlabel(unit)
+    if steps is None and epochs is None:
+        axes.xaxis.set_major_locator(AutoLocator())
     draw_curves(axes, curves)
     fit_scale(axes, curves)
     return figure

@@ -36,9 +36,12 @@ def new_figure(width: float, height: float) -> Figure:
 def stacked_axes(heights: Sequence[float], width: float = 8.5) -> tuple[Figure, list[Axes]]:
     """Return a figure with one panel above the other, of heights in inches, over one axis of optimizer steps."""
     figure = new_figure(width, sum(heights) + 0.5 * len(heights))
+    from matplotlib.ticker import MaxNLocator
+
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     rows: list[Axes] = list(grid[:, 0])
     rows[-1].set_xlabel("optimizer step")
+    rows[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no half a step
     return figure, rows
 
 
@@ -65,8 +68,10 @@ def draw_curves(axes: Axes, curves: History, **line: Any) -> None:
     named = merged
     if len(merged) > len(COLOURS):
         named = sorted(merged, key=lambda curve: _change(curve[1][1]))[1 - len(COLOURS) :]
-    for (name, (steps, values)), colour in zip((c for c in merged if c in named), COLOURS, strict=False):
-        style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "zorder": 2.5, **line}
+    # By name, so that a group has its colour in every picture, whatever the order of groups there.
+    colours = dict(zip(sorted(name for name, _ in named), COLOURS, strict=False))
+    for name, (steps, values) in (c for c in merged if c in named):
+        style: dict[str, Any] = {"color": colours[name], "linewidth": 1.8, "zorder": 2.5, **line}
         axes.plot(steps, values, label=name, marker="o" if len(steps) == 1 else None, **style)
     for index, (_, (steps, values)) in enumerate(c for c in merged if c not in named):
         label = None if index else f"{len(merged) - len(named)} that change less"
@@ -106,7 +111,10 @@ def without_common_prefix(names: Sequence[str]) -> list[str]:
         common += 1
     if common and any(part[common].isdigit() for part in parts):
         common -= 1
-    return [_elide(".".join(part[common:])) for part in parts]
+    labels = [".".join(part[common:]) for part in parts]
+    elided = [_elide(label) for label in labels]
+    # Names that would look alike stay whole.
+    return [label if elided.count(short) > 1 else short for label, short in zip(labels, elided, strict=True)]
 
 
 def row_labels(names: Sequence[str], limit: int) -> tuple[list[float], list[str], list[int]]:

@@ -1,142 +1,118 @@
-"""Hands out the trials of a search so that each is run once, also by several processes that come and go."""
+"""Which trial a process runs next, by Optuna's `ask`, and what becomes of those that were lost."""
 
 from __future__ import annotations
 
-import contextlib
-import random
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from lightning_l2.search.storage import import_optuna
-from lightning_l2.search.worker import Heartbeat, Watch, is_known_dead, process_id
+import optuna
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages._heartbeat import get_heartbeat_thread, is_heartbeat_enabled  # no public way but optimize
+from optuna.trial import FrozenTrial, TrialState
 
-if TYPE_CHECKING:
-    import optuna
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-class TrialQueue:
-    """The trials of a study as numbered places, each filled by one trial that counts.
+def trials_by_place(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trial that counts of each place: the one that has ended, else the latest.
 
-    A study holds one waiting trial for each place; whoever turns it to running owns it, which the storage allows
-    one process only. A trial whose process died is marked as lost and a new one takes its place with the same
-    values and the seeds that are done. A trial counts unless it failed without a result of its own.
+    A place is what was asked for once. A trial whose process died has failed without an error of its own, and Optuna
+    puts another one in its place with the same values and the seeds that are done.
+    """
+    places: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        origin = trial.system_attrs.get("failed_trial", trial.number)
+        if origin not in places or not has_ended(places[origin]):
+            places[origin] = trial
+    return [places[origin] for origin in sorted(places)]
+
+
+def has_ended(trial: FrozenTrial) -> bool:
+    """Return whether a trial has a result: a value, a stop, or an error of its own."""
+    return trial.state in FINISHED or (trial.state == TrialState.FAIL and "error" in trial.user_attrs)
+
+
+def place_of(study: optuna.Study, trial: optuna.Trial) -> int:
+    """Return the place of a trial in the search, 0 for the first."""
+    return [other.number for other in trials_by_place(study)].index(trial.number)
+
+
+class Queue:
+    """Hands out the trials of a study until every place has a result.
 
     Args:
-        study: the Optuna study.
-        storage: where it is kept.
-        places: for each place the values that are fixed beforehand, by name; those not given are sampled.
-        heartbeat: time between two signs of life of a running trial, in seconds; a trial is lost after 8 without.
+        study: The study, whose storage decides who gets a trial.
+        places: How many there are.
+        pause: Time between two looks at the storage while other processes run the last trials, in seconds.
     """
 
-    def __init__(
-        self,
-        study: optuna.Study,
-        storage: optuna.storages.BaseStorage,
-        places: Sequence[Mapping[str, float]],
-        heartbeat: float = 15.0,
-    ) -> None:
+    def __init__(self, study: optuna.Study, places: int, pause: float = 1.0) -> None:
         self._study = study
-        self._storage = storage
         self._places = places
-        self._heartbeat = heartbeat
-        self._optuna = import_optuna()
-        self._shared = not isinstance(storage, self._optuna.storages.InMemoryStorage)
-        self._watch = Watch(8 * heartbeat)
-        self._gaps = Watch(2.0)
-
-    def trials(self) -> dict[int, optuna.trial.FrozenTrial]:
-        """Return the trials that count, by place; should a place have two, the older one."""
-        state = self._optuna.trial.TrialState
-        counting: dict[int, optuna.trial.FrozenTrial] = {}
-        for trial in self._study.get_trials(deepcopy=False):
-            place = trial.user_attrs.get("place")
-            if place is not None and (trial.state != state.FAIL or "error" in trial.user_attrs):
-                counting.setdefault(place, trial)
-        return counting
+        self._pause = pause
+        self._orphans: set[int] = set()
 
     def is_finished(self) -> bool:
-        """Return whether every place has a finished trial."""
-        trials = self.trials()
-        return all(place in trials and trials[place].state.is_finished() for place in range(len(self._places)))
-
-    def fill(self) -> None:
-        """Put a waiting trial into every empty place."""
-        for place in sorted(set(range(len(self._places))) - set(self.trials())):
-            self._study.enqueue_trial(dict(self._places[place]), user_attrs={"place": place})
+        """Return whether every place has a result."""
+        trials = trials_by_place(self._study)[: self._places]
+        return len(trials) == self._places and all(map(has_ended, trials))
 
     def take(self) -> optuna.Trial | None:
-        """Take the next waiting trial, or return None while other processes run the rest."""
-        self._replace_lost()
-        trials = self.trials()
-        waiting = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.WAITING,))
-        # By place, because one that was given up waits last but is of the grid that others build on.
-        for trial in sorted(waiting, key=lambda trial: trial.user_attrs.get("place", len(self._places))):
-            place = trial.user_attrs.get("place", len(self._places))
-            if place >= len(self._places):
-                break
-            if trials[place].number != trial.number:
-                self._fail(trial)
-            elif self._start(trial):
-                # Optuna's own `ask` creates a trial where none waits; this takes one or none.
-                taken: optuna.Trial = self._optuna.trial.Trial(self._study, trial._trial_id)
-                taken.set_user_attr("worker", process_id())
-                return taken
+        """Take the next trial, or return None while other processes run the rest."""
+        with warnings.catch_warnings():
+            # Heartbeats are experimental, and thought for Study.optimize; `keep_alive` does what that does.
+            warnings.simplefilter("ignore")
+            optuna.storages.fail_stale_trials(self._study)
+            trials = trials_by_place(self._study)
+            if len(trials) >= self._places and all(trial.state != TrialState.WAITING for trial in trials):
+                return None
+            trial = self._study.ask()
+        storage: Any = self._study._storage
+        if is_heartbeat_enabled(storage):
+            # At once, not in the thread's own time: Optuna never gives up a trial that showed no sign of life at all.
+            storage.record_heartbeat(trial._trial_id)
+        if place_of(self._study, trial) < self._places:
+            return trial
+        # Another process was faster. Were the search longer, this would be the next place.
+        self._study.tell(trial, state=TrialState.FAIL)
         return None
 
     def wait(self) -> None:
-        """Sleep for a moment, then refill places that stay empty because a process died while filling them."""
-        time.sleep(random.uniform(0.5, 1.0) * min(1.0, self._heartbeat))
-        empty = set(range(len(self._places))) - set(self.trials())
-        if self._gaps.stands_still("empty", frozenset(empty)) and empty:
-            self.fill()
+        """Sleep for a moment, and give back what a process lost that died while it gave a trial back."""
+        time.sleep(self._pause)
+        lost = {
+            trial.number: trial
+            for trial in trials_by_place(self._study)[: self._places]
+            if trial.state == TrialState.FAIL and not has_ended(trial)
+        }
+        for number in self._orphans & lost.keys():
+            _retry(self._study, lost[number])
+        self._orphans = set(lost)
 
-    def keep_alive(self, trial: optuna.Trial) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which the trial shows signs of life to other processes."""
-        if not self._shared:
-            return contextlib.nullcontext()
-
-        def write(beats: int) -> None:
-            # The storage may be out of reach for a moment; the trial is lost only after several missed beats.
-            with contextlib.suppress(Exception):
-                trial.set_user_attr("heartbeat", beats)
-
-        return Heartbeat(write, self._heartbeat)
-
-    def give_back(self, trial: optuna.Trial | optuna.trial.FrozenTrial) -> bool:
+    def give_back(self, trial: optuna.Trial) -> bool:
         """Give up a running trial, so that its place is filled again with its values and finished seeds.
 
         Returns:
             Whether it was still running; False if another process gave it up before.
         """
         frozen = next(other for other in self._study.get_trials(deepcopy=False) if other.number == trial.number)
-        given = self._fail(frozen)
-        if given:
-            kept: dict[str, Any] = {
-                key: frozen.user_attrs[key] for key in ("place", "runs") if key in frozen.user_attrs
-            }
-            values = frozen.params or frozen.system_attrs.get("fixed_params", {})
-            self._study.enqueue_trial(values, user_attrs=kept)
-        return given
-
-    def _replace_lost(self) -> None:
-        if not self._shared:
-            return
-        for trial in self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,)):
-            worker = trial.user_attrs.get("worker")
-            beat = (worker, trial.user_attrs.get("heartbeat"))
-            if (worker is not None and is_known_dead(worker)) or self._watch.stands_still(trial.number, beat):
-                self.give_back(trial)
-
-    def _start(self, trial: optuna.trial.FrozenTrial) -> bool:
-        return self._set_state(trial, self._optuna.trial.TrialState.RUNNING)
-
-    def _fail(self, trial: optuna.trial.FrozenTrial) -> bool:
-        return self._set_state(trial, self._optuna.trial.TrialState.FAIL)
-
-    def _set_state(self, trial: optuna.trial.FrozenTrial, state: optuna.trial.TrialState) -> bool:
-        try:
-            return self._storage.set_trial_state_values(trial._trial_id, state=state)
-        except RuntimeError:
-            # It is finished: another process was faster. Optuna 5 has a subclass of its own for this.
+        if frozen.state.is_finished():
             return False
+        _retry(self._study, self._study.tell(trial, state=TrialState.FAIL))
+        return True
+
+
+def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+@contextmanager
+def keep_alive(trial: optuna.Trial) -> Iterator[Any]:
+    """Show signs of life of a trial to other processes, where its storage can."""
+    with get_heartbeat_thread(trial._trial_id, trial.study._storage):
+        yield

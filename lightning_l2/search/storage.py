@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,30 +16,33 @@ from lightning_l2.extras import brought_by
 if TYPE_CHECKING:
     import optuna
 
-SQLITE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+# Heartbeats without which a running trial counts as lost.
+MISSED = 4
 
 
 def import_optuna() -> Any:
     """Return the `optuna` module.
 
     Raises:
-        ModuleNotFoundError: If it isn't installed, with the command that installs it.
+        ModuleNotFoundError: If it or scipy, which its pruner needs, isn't installed, with the way to get it.
     """
     with brought_by("search", "A search for weight decay needs"):
         import optuna
+        import scipy  # type: ignore[import-untyped]  # noqa: F401
     return optuna
 
 
 @contextmanager
 def open_storage(
-    storage: str | Path | optuna.storages.BaseStorage | None,
+    storage: str | Path | optuna.storages.BaseStorage | None, heartbeat: int = 15
 ) -> Iterator[optuna.storages.BaseStorage]:
     """Open the place that keeps the trials, and close it when the context ends if it was opened here.
 
     Args:
-        storage: None for this process alone; a path that ends in .db, .sqlite or .sqlite3 for an SQLite file; any
-            other path for a journal file, which also works on a network file system; a database URL such as
-            `postgresql+psycopg://user@host/name` for many machines; or an Optuna storage.
+        storage: None for this process alone; a path for an SQLite file; a database URL such as
+            `postgresql+psycopg://user@host/name` for many machines; or an Optuna storage, whose own heartbeat holds.
+        heartbeat: Time between two signs of life of a running trial, in seconds. After four without one another
+            process runs it again, with the seeds that are done.
 
     Raises:
         ModuleNotFoundError: If Optuna isn't installed.
@@ -50,35 +54,35 @@ def open_storage(
             f"Expected storage to be a path, a URL or an Optuna storage but got {type(storage).__name__}: {storage!r}."
         )
     if isinstance(storage, str | Path) and "://" not in str(storage):
-        # Absolute, because the journal's lock looks for its file from the directory of the lock.
         path = Path(storage).expanduser().resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage = f"sqlite:///{path}" if path.suffix in SQLITE_SUFFIXES else _journal(path)
+        storage = f"sqlite:///{path}"
     if isinstance(storage, str):
-        database = _database(storage)
+        database = _database(storage, heartbeat)
         yield optuna.storages.get_storage(database)
         database.engine.dispose()
     else:
-        yield optuna.storages.get_storage(storage)
+        yield optuna.storages.InMemoryStorage() if storage is None else optuna.storages.get_storage(storage)
 
 
-def _journal(path: Path) -> optuna.storages.BaseStorage:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    # A lock that needs no symbolic links works on Windows too.
-    return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
-
-
-def _database(url: str) -> optuna.storages.RDBStorage:
+def _database(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
+    import optuna
     import sqlalchemy
-    from optuna.storages import RDBStorage
 
     is_sqlite = url.startswith("sqlite")
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if is_sqlite else {"pool_pre_ping": True}
     for attempt in itertools.count():
         try:
-            storage = RDBStorage(url, engine_kwargs=options)
+            with warnings.catch_warnings():
+                # Optuna has marked heartbeats and retries as experimental for years.
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                storage = optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs=options,
+                    heartbeat_interval=heartbeat,
+                    grace_period=MISSED * heartbeat,
+                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+                )
             break
         except sqlalchemy.exc.DBAPIError:
             # Several processes that start on an empty database create the same tables.

@@ -1,4 +1,4 @@
-"""The search itself: takes trials from the queue, trains each seed, keeps what came out in the study."""
+"""The search itself: asks for trials, trains each seed, keeps what came out in the study."""
 
 from __future__ import annotations
 
@@ -7,27 +7,25 @@ import logging
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from optuna.trial import TrialState
 
-from lightning_l2.search.plan import SearchPlan
-from lightning_l2.search.progress import SearchProgress
-from lightning_l2.search.pruner import make_pruner
-from lightning_l2.search.queue import TrialQueue
-from lightning_l2.search.quiet import quiet_trainings
+from lightning_l2.search.plan import STRENGTHS, WEAK, SearchPlan
+from lightning_l2.search.progress import SearchProgress, quiet_trainings
+from lightning_l2.search.queue import Queue, keep_alive, place_of, trials_by_place
 from lightning_l2.search.result import SearchResult
-from lightning_l2.search.run import Fit, TrialRun, as_run
-from lightning_l2.search.sampler import make_sampler
-from lightning_l2.search.storage import import_optuna, open_storage
-from lightning_l2.search.suggestion import Run, Trial, best_trial
-
-if TYPE_CHECKING:
-    import optuna
+from lightning_l2.search.sampling import PlanSampler, as_trial, compares_seeds, make_pruner, weight_decay_of
+from lightning_l2.search.storage import open_storage
+from lightning_l2.search.suggestion import best_trial
+from lightning_l2.search.trials import Fit, Trial, TrialRun, as_run
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +37,24 @@ def run_search(
     storage: str | Path | optuna.storages.BaseStorage | None = None,
     name: str = "weight_decay",
     setting: Mapping[str, Any] | None = None,
+    looks: bool = False,
     progress: bool = True,
-    heartbeat: float = 15.0,
+    heartbeat: int = 15,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> SearchResult:
     """Run the trials of a plan that aren't done yet and wait for those that other processes run.
 
     Args:
-        fit: does one training and returns the metric, or all metrics by name: a number, or numbers for each epoch.
+        fit: Does one training and returns the metric, or all metrics by name: a number, or numbers for each epoch.
             A metric called `l2_norm` is taken as the norm of the weights.
-        plan: what to search.
-        storage: where trials are kept, as for `open_storage`.
-        name: name of the study in the storage.
-        setting: plain values that must be the same for trials to be comparable, kept with the study.
-        progress: whether to show a progress bar.
-        heartbeat: time between two signs of life for other processes, in seconds; after 8 without one they
-            run the trial again.
-        while_waiting: called about every second while other processes run the last trials.
+        plan: What to search.
+        storage: Where trials are kept, as for `open_storage`.
+        name: Name of the study in the storage.
+        setting: Plain values that must be the same for trials to be comparable, kept with the study.
+        looks: Whether `fit` can be asked for `lr_steps`, the peak of the learning rate times optimizer steps.
+        progress: Whether to show a progress bar.
+        heartbeat: Time between two signs of life for other processes, in seconds.
+        while_waiting: Called about every second while other processes run the last trials.
 
     Raises:
         ModuleNotFoundError: If Optuna isn't installed.
@@ -63,60 +62,81 @@ def run_search(
         RuntimeError: If no trial is complete in the end.
         ValueError: If the metric is missing.
     """
-    with _quiet(import_optuna()), quiet_trainings(), open_storage(storage) as opened:
-        study, is_new = _open_study(opened, name, plan, {**plan.question(), **(setting or {})})
-        queue = TrialQueue(study, opened, _places(plan), heartbeat)
-        if is_new:
-            queue.fill()
+    with _quiet_optuna(), quiet_trainings(), open_storage(storage, heartbeat) as opened:
+        lr_steps = _look(fit, plan) if looks else None
+        plan = plan.within(lr_steps)
+        study = _open_study(opened, name, plan, {**plan.question(), "lr_steps": lr_steps, **(setting or {})})
+        queue = Queue(study, plan.places, pause=min(1.0, heartbeat / 4))
         with SearchProgress(plan, enabled=progress) as bar:
             while not queue.is_finished():
-                bar.show(_trials(queue, plan))
+                bar.show(_trials(study, plan))
                 trial = queue.take()
                 if trial is None:
                     queue.wait()
                     while_waiting()
                 else:
-                    _run_trial(trial, fit, plan, queue, lambda: bar.show(_trials(queue, plan)))
-            bar.show(_trials(queue, plan))
-        trials = _trials(queue, plan)
+                    _run_trial(trial, fit, plan, queue, lambda: bar.show(_trials(study, plan)))
+            bar.show(_trials(study, plan))
+        trials = _trials(study, plan)
     best_trial(trials, plan.sign)  # raises where none is complete
-    return SearchResult(trials, plan)
+    return SearchResult(trials, plan, lr_steps)
 
 
 def load_result(plan: SearchPlan, storage: str | Path | optuna.storages.BaseStorage, name: str) -> SearchResult:
     """Return what a storage has of a search, finished or not."""
-    with _quiet(import_optuna()) as optuna_module, open_storage(storage) as opened:
-        study = optuna_module.load_study(study_name=name, storage=opened)
-        return SearchResult(_trials(TrialQueue(study, opened, _places(plan)), plan), plan)
+    with _quiet_optuna(), open_storage(storage) as opened:
+        study = optuna.load_study(study_name=name, storage=opened)
+        kept = study.user_attrs["question"]
+        plan = replace(plan, low=kept["low"], high=kept["high"])
+        return SearchResult(_trials(study, plan), plan, kept["lr_steps"])
 
 
 @contextmanager
-def _quiet(optuna_module: Any) -> Iterator[Any]:
+def _quiet_optuna() -> Iterator[None]:
     """Keep Optuna from logging each trial; the progress bar and the table say it."""
-    before = optuna_module.logging.get_verbosity()
-    optuna_module.logging.set_verbosity(optuna_module.logging.WARNING)
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield optuna_module
+        yield
     finally:
-        optuna_module.logging.set_verbosity(before)
+        optuna.logging.set_verbosity(before)
 
 
-def _places(plan: SearchPlan) -> list[dict[str, float]]:
-    coarse = plan.coarse()
-    return coarse + [{} for _ in range(plan.trials - len(coarse))]
+def _look(fit: Fit, plan: SearchPlan) -> float | None:
+    """Ask for the peak of the learning rate times optimizer steps, and warn where the range can't do anything."""
+    others = {name: space.points(3)[1] for name, space in plan.also.items()}
+    outcome = fit(TrialRun(plan.first, plan.seed, others, only_looks=True))
+    lr_steps = outcome.get("lr_steps") if isinstance(outcome, Mapping) else None
+    if not isinstance(lr_steps, float):
+        if plan.low is None or plan.high is None:
+            ends = plan.within(None)
+            warnings.warn(
+                "The learning rate or the number of optimizer steps can't be known before the training, so lambda is "
+                f"searched from {ends.low:g} to {ends.high:g}. Give `low` and `high`.",
+                stacklevel=2,
+            )
+        return None
+    strongest = lr_steps * (plan.high or math.inf)
+    if strongest < WEAK:
+        warnings.warn(
+            f"eta * lambda * T = {strongest:.2g} for the largest lambda, {plan.high:g}, with eta * T = {lr_steps:.3g}: "
+            f"over the whole training no lambda of this range changes the weights by more than {WEAK:.0%}, so trials "
+            f"will compare noise. Search up to high={STRENGTHS[1] / lr_steps:.2g}, or train longer.",
+            stacklevel=2,
+        )
+    return lr_steps
 
 
 def _open_study(
     storage: optuna.storages.BaseStorage, name: str, plan: SearchPlan, question: Mapping[str, Any]
-) -> tuple[optuna.Study, bool]:
-    optuna = import_optuna()
+) -> optuna.Study:
     pruner = make_pruner(plan)
-    direction = "minimize" if plan.mode == "min" else "maximize"
+    direction: Any = "minimize" if plan.mode == "min" else "maximize"
     question = json.loads(json.dumps(question, default=float))  # numbers of numpy too
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction, pruner=pruner)
         study.set_user_attr("question", question)
-        return study, True
+        return study
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
     kept = study.user_attrs.get("question", question)
@@ -131,57 +151,64 @@ def _open_study(
             "Repeat the settings it was started with, or give another storage or name, or on the command line another "
             "--search.folder."
         )
-    return study, False
+    return study
 
 
 def _has_begun(study: optuna.Study) -> bool:
     """Return whether there is a training in a study, done or running; else only settings that didn't work."""
-    idle = (import_optuna().trial.TrialState.WAITING, import_optuna().trial.TrialState.FAIL)
+    idle = (TrialState.WAITING, TrialState.FAIL)
     return any(trial.state not in idle or "runs" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
 
 
-def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: TrialQueue, trained: Callable[[], None]) -> None:
+def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: Queue, trained: Callable[[], None]) -> None:
     """Train every seed of a trial that isn't done yet and tell the study how it ended."""
-    optuna = import_optuna()
-    study, state = trial.study, optuna.trial.TrialState
+    study = trial.study
+    place = place_of(study, trial)
     try:
-        with queue.keep_alive(trial):
-            error, hopeless = _train_seeds(trial, fit, plan, trained)
+        with keep_alive(trial):
+            error, hopeless = _train_seeds(trial, place, fit, plan, trained)
             if error is not None:
-                log.warning("Trial %d (%s) failed: %s", trial.user_attrs["place"], trial.params, error)
+                log.warning("Trial %d (lambda=%g) failed: %s", place, trial.user_attrs["weight_decay"], error)
                 trial.set_user_attr("error", error)
         values = [run["value"] for run in trial.user_attrs["runs"]] if error is None else []
         if error is not None or hopeless:
-            study.tell(trial, state=state.FAIL if error is not None else state.PRUNED, skip_if_finished=True)
+            study.tell(trial, state=TrialState.FAIL if error is not None else TrialState.PRUNED, skip_if_finished=True)
         else:
             study.tell(trial, statistics.fmean(values), skip_if_finished=True)
     except BaseException as exception:
         if queue.give_back(trial) or not isinstance(exception, RuntimeError):
             raise
-        log.warning("Trial %d was taken over by another process; its result here is dropped.", trial.number)
+        log.warning("Trial %d was taken over by another process; its result here is dropped.", place)
 
 
 def _train_seeds(
-    trial: optuna.Trial, fit: Fit, plan: SearchPlan, trained: Callable[[], None]
+    trial: optuna.Trial, place: int, fit: Fit, plan: SearchPlan, trained: Callable[[], None]
 ) -> tuple[str | None, bool]:
     """Return why the trial failed, or None, and whether it was stopped as hopeless."""
-    place = trial.user_attrs["place"]
-    weight_decay, others = _sample(trial, plan)
+    by_seed = compares_seeds(plan)
+    weight_decay, others = _sample(trial, place, plan)
     runs = list(trial.user_attrs.get("runs", []))
-    stopped: list[int] = []
+    stopped = False
 
-    def report(epoch: int, value: float) -> bool:
-        # Other seeds report nothing: Optuna keeps one value for each epoch of a trial.
-        if plan.prune and not runs:
-            trial.report(value, epoch)
-            if place >= len(plan.coarse()) and trial.should_prune():
-                stopped.append(epoch)
-        return bool(stopped)
+    def report(step: int, value: float) -> bool:
+        nonlocal stopped
+        if plan.prune and not stopped:
+            trial.report(value, step)
+            stopped = place >= len(plan.coarse()) and trial.should_prune()
+        return stopped
 
+    def report_epoch(epoch: int, value: float) -> bool:
+        # Optuna keeps one value for each step of a trial: epochs of the first seed, or the seeds.
+        return not (by_seed or runs) and report(epoch, value)
+
+    for done in runs if by_seed else ():
+        report(done["seed"], done["value"])
     for seed in plan.all_seeds[len(runs) :]:
+        if stopped:
+            break
         started = time.monotonic()
         try:
-            outcome = fit(TrialRun(weight_decay, seed, others, place, report))
+            outcome = fit(TrialRun(weight_decay, seed, others, place, report_epoch))
         except Exception as error:
             if isinstance(error, MisconfigurationException) or not _any_complete(trial.study):
                 raise
@@ -192,31 +219,28 @@ def _train_seeds(
         trained()
         if not math.isfinite(run.value):
             return f"{plan.monitor} is {run.value} with seed {seed}", False
-        if stopped:
-            return None, True
-    return None, False
+        if by_seed:
+            report(seed, run.value)
+    return None, stopped and not (by_seed and len(runs) == plan.seeds)
 
 
-def _sample(trial: optuna.Trial, plan: SearchPlan) -> tuple[float, dict[str, float]]:
-    """Return the lambda of a trial, and what is searched jointly."""
-    trial.study.sampler = make_sampler(plan, trial.user_attrs["place"])
-    weight_decay = trial.suggest_float("weight_decay", plan.low, plan.high, log=True)
+def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, dict[str, float]]:
+    """Return lambda and what is searched jointly; lambda is kept as an attribute too, since it may be 0."""
+    trial.study.sampler = PlanSampler(plan, place)
+    if place < len(plan.coarse()) and plan.coarse()[place] == 0:
+        weight_decay = 0.0
+    else:
+        space = plan.weight_decay
+        weight_decay = trial.suggest_float("weight_decay", space.low, space.high, log=True)
+    trial.set_user_attr("weight_decay", weight_decay)
     return weight_decay, {n: trial.suggest_float(n, r.low, r.high, log=r.log) for n, r in plan.also.items()}
 
 
 def _any_complete(study: optuna.Study) -> bool:
     """Before, an error is most likely a mistake in the user's code; later, a training that diverged."""
-    return bool(study.get_trials(deepcopy=False, states=(import_optuna().trial.TrialState.COMPLETE,)))
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
-def _trials(queue: TrialQueue, plan: SearchPlan) -> list[Trial]:
-    states = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
-    trials = []
-    for place, trial in sorted(queue.trials().items()):
-        values = trial.params or trial.system_attrs.get("fixed_params", {})
-        if place < plan.trials and "weight_decay" in values:
-            others = {name: values[name] for name in plan.also if name in values}
-            runs = tuple(Run(**run) for run in trial.user_attrs.get("runs", ()))
-            state: Any = states[trial.state.name]
-            trials.append(Trial(place, values["weight_decay"], others, state, runs, trial.user_attrs.get("error")))
-    return trials
+def _trials(study: optuna.Study, plan: SearchPlan) -> list[Trial]:
+    known = enumerate(trials_by_place(study)[: plan.places])
+    return [as_trial(trial, place, plan) for place, trial in known if weight_decay_of(trial) is not None]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,10 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_l2.both_packages import derive_from_both
 from lightning_l2.norms import squared_norms
-from lightning_l2.optimizers.inner import updating_optimizers
-from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.search.run import Fit, Outcome, TrialRun
-from lightning_l2.search.target import hide_summaries
+from lightning_l2.search.look import look
+from lightning_l2.search.trials import Fit, Outcome, TrialRun
 from lightning_l2.sharding import flat_shards
 
 Make = Callable[..., tuple[Any, ...]]
@@ -33,8 +32,8 @@ class TrainingRecorder(Checkpoint):
     metrics logged there belong to their epoch.
 
     Args:
-        monitor: the metric that decides.
-        report: takes an epoch and a value and returns whether the training is hopeless.
+        monitor: The metric that decides.
+        report: Takes an epoch and a value and returns whether the training is hopeless.
     """
 
     def __init__(self, monitor: str, report: Callable[[int, float], bool] | None) -> None:
@@ -72,10 +71,8 @@ class TrainingRecorder(Checkpoint):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the weights that decay here, while groups are split and weights on their devices."""
-        groups = [group for one in updating_optimizers(trainer.optimizers) for group in decay_groups(one).unnamed()]
-        decaying = [weight for group in groups if group.base for weight in group.params]
-        weights = decaying or list(pl_module.parameters())
+        """Measure the weights here, while they are on their devices: all that train, so that trials are alike."""
+        weights = [weight for weight in pl_module.parameters() if weight.requires_grad]
         shards = flat_shards(trainer.strategy.model or pl_module)
         self.l2_norm = float(squared_norms(weights, [shards.get(id(weight)) for weight in weights]).sum().sqrt())
 
@@ -89,7 +86,13 @@ class TrainingRecorder(Checkpoint):
         for name, value in scalars(trainer).items():
             # Metrics that appear only when training ends, and all of them where it ran in another process.
             curves.setdefault(name, [value])[-1] = value
-        check_monitored(trainer, self._monitor, curves)
+        if self._monitor not in curves:
+            without = "" if any(trainer.num_val_batches) else " No validation data was seen in this training."
+            raise MisconfigurationException(
+                f"The metric monitor={self._monitor!r} never appeared in a training. Those that did: "
+                f"{', '.join(sorted(curves)) or 'none'}.{without} Give one of them as monitor, or log it with "
+                "`self.log`."
+            )
         return curves if self.l2_norm is None else {**curves, "l2_norm": self.l2_norm}
 
 
@@ -106,60 +109,56 @@ def fit_from(make: Make, monitor: str) -> Fit:
     """Turn a function that builds a Trainer, a module and data into one that does a training.
 
     Args:
-        make: called as `make(weight_decay, **others)`; returns `(trainer, module)` or `(trainer, module, data)` or
+        make: Called as `make(weight_decay, **others)`; returns `(trainer, module)` or `(trainer, module, data)` or
             `(trainer, module, train_dataloaders, val_dataloaders)`, all new each time.
-        monitor: the metric that decides.
+        monitor: The metric that decides.
     """
+    looked_at: list[weakref.ref[Any]] = []
 
     def fit(run: TrialRun) -> Outcome:
         with isolate_rng():
             pl.seed_everything(run.seed, workers=True, verbose=False)
-            parts = make(run.weight_decay, **run.others)
-            trainer, module, *data = _checked(parts)
+            trainer, module, *data = _checked(make(run.weight_decay, **run.others), looked_at)
+            if run.only_looks:
+                looked_at.append(weakref.ref(trainer))
             return train(trainer, module, *data, monitor=monitor, run=run)
 
     return fit
 
 
 def train(trainer: Any, module: Any, *data: Any, monitor: str, run: TrialRun, **fit_options: Any) -> Outcome:
-    """Fit a Trainer and return the metrics of all epochs and the norm of the weights that decay, or else of all.
+    """Fit a Trainer and return the metrics of all epochs and the norm of the weights; or only look at it.
 
     It shows no progress and no summary and writes no checkpoint.
 
     Raises:
         MisconfigurationException: If the monitored metric never appeared.
     """
-    recorder = TrainingRecorder(monitor, None if _spawns(trainer) else run.report)
     kept = [item for item in trainer.callbacks if LEFT_OUT.isdisjoint(kind.__name__ for kind in type(item).__mro__)]
-    hide_summaries(kept)
-    trainer.callbacks = [*kept, recorder]
+    for callback in kept:
+        if hasattr(callback, "print_summary"):  # WeightDecay's table of groups
+            callback.print_summary, callback.summary_file = False, None
+    trainer.callbacks = kept
+    if run.only_looks:
+        return look(trainer, module, *data, **fit_options)
+    recorder = TrainingRecorder(monitor, None if _spawns(trainer) else run.report)
+    trainer.callbacks.append(recorder)
     trainer.fit(module, *data, **fit_options)
     return recorder.outcome(trainer)
 
 
-def _checked(parts: Any) -> tuple[Any, ...]:
+def _checked(parts: Any, looked_at: Sequence[weakref.ref[Any]]) -> tuple[Any, ...]:
     if not (isinstance(parts, tuple | list) and len(parts) >= 2 and hasattr(parts[0], "fit")):
         raise MisconfigurationException(
             "Expected make to return (trainer, module), (trainer, module, data) or (trainer, module, "
             f"train_dataloaders, val_dataloaders) but got {type(parts).__name__}: {parts!r:.80}."
         )
-    if parts[0].global_step or parts[0].current_epoch:
+    if parts[0].global_step or parts[0].current_epoch or any(parts[0] is known() for known in looked_at):
         raise MisconfigurationException(
-            f"The Trainer that make returned has trained before (global_step={parts[0].global_step}). "
+            f"The Trainer that make returned was in use before (global_step={parts[0].global_step}). "
             "Build a new Trainer and a new module in each call of make."
         )
     return tuple(parts)
-
-
-def check_monitored(trainer: Any, monitor: str, curves: dict[str, list[float]]) -> None:
-    """Raise a MisconfigurationException that names the metrics there are if the monitored one is missing."""
-    if monitor in curves:
-        return
-    without = "" if any(trainer.num_val_batches) else " No validation data was seen in this training."
-    raise MisconfigurationException(
-        f"The metric monitor={monitor!r} never appeared in a training. Those that did: "
-        f"{', '.join(sorted(curves)) or 'none'}.{without} Give one of them as monitor, or log it with `self.log`."
-    )
 
 
 def _in_second_half(trainer: pl.Trainer) -> bool:

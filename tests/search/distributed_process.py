@@ -11,13 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2 import L2NormMonitor, WeightDecay
-from lightning_l2.callbacks.weight_decay_finder import WeightDecayFinder
 from lightning_l2.search import search_weight_decay
 from tests.strategies.worker import strategy_of
 
@@ -42,11 +40,11 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def make(weight_decay: float | None, *more: Any, strategy: str = "ddp") -> tuple[Any, ...]:
+def make(weight_decay: float, strategy: str = "ddp") -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(32, 4, generator=generator), torch.randn(32, 2, generator=generator))
     trainer = pl.Trainer(
-        callbacks=[WeightDecay(weight_decay, summary=False), L2NormMonitor(every_n_steps=1), *more],
+        callbacks=[WeightDecay(weight_decay, summary=False), L2NormMonitor(every_n_steps=1)],
         max_epochs=2,
         accelerator="cpu",
         devices=2,
@@ -59,46 +57,17 @@ def make(weight_decay: float | None, *more: Any, strategy: str = "ddp") -> tuple
     return trainer, Net(strategy), DataLoader(data, 4, shuffle=True), DataLoader(data, 4)
 
 
-def write(folder: Path, **values: Any) -> None:
-    rank = torch.distributed.get_rank()
-    (folder / str(rank)).write_text(json.dumps(values))
-
-
 def main(folder: Path, strategy: str) -> None:
     result = search_weight_decay(
-        functools.partial(make, strategy=strategy),
-        low=1e-3,
-        high=1.0,
-        trials=4,
-        seeds=2,
-        progress=False,
-        storage=folder / "study",
+        functools.partial(make, strategy=strategy), trials=3, seeds=2, progress=False, storage=folder / "study.db"
     )
     monitored = ("val_loss", "l2_norm/total")
     values = [
         [trial.weight_decay, *(run.metrics[name] for name in monitored for run in trial.runs), trial.l2_norm]
         for trial in result.trials
     ]
-    finder = WeightDecayFinder(1e-3, 1.0, trials=3, steps=3)
-    if strategy == "ddp":
-        write(folder, search=values, **find(finder))
-        return
-    trainer, module, *loaders = make(None, finder, strategy=strategy)
-    try:
-        trainer.fit(module, *loaders)
-    except MisconfigurationException as error:
-        write(folder, search=values, finder=str(error))
-
-
-def find(finder: WeightDecayFinder) -> dict[str, Any]:
-    weights = []
-    for number in range(2):
-        pl.seed_everything(7, workers=True, verbose=False)
-        trainer, module, *loaders = make(finder.result.weight_decay if number else None, *[finder][number:])
-        trainer.fit(module, *loaders)
-        weights.append(module.layer.weight.flatten().tolist() + torch.rand(2).tolist())
-    found = [trial.mean for trial in finder.result.trials]
-    return {"finder": found, "weights": weights, "set": finder.result.weight_decay}
+    rank = torch.distributed.get_rank()
+    (folder / str(rank)).write_text(json.dumps({"search": values, "lr_steps": result.lr_steps}))
 
 
 if __name__ == "__main__":

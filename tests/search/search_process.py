@@ -26,7 +26,7 @@ def search(storage: str, name: str, log: str, trials: int) -> None:
         return run.weight_decay + run.seed
 
     plan = SearchPlan(trials=trials, seeds=2)
-    result = run_search(fit, plan, storage=storage, name=name, progress=False, heartbeat=2.0)
+    result = run_search(fit, plan, storage=storage, name=name, progress=False, heartbeat=1)
     write("result", sum(trial.state == "complete" and len(trial.runs) == 2 for trial in result.trials))
 
 

@@ -14,9 +14,9 @@ def run(seed: int, val: float, train: float, norm: float) -> Run:
 
 TRIALS = [
     Trial(0, 1e-3, {"lr": 0.1}, runs=(run(0, 1.0, 0.5, 3.0), run(1, 2.0, 0.5, 5.0))),
-    Trial(1, 1e-1, {"lr": 0.2}, runs=(run(0, 1.0, 0.9, 1.0), run(1, 2.1, 1.1, 1.0))),
+    Trial(1, 1e-2, {"lr": 0.2}, runs=(run(0, 1.0, 0.9, 1.0), run(1, 2.1, 1.1, 1.0))),
     Trial(2, 1e-5, {"lr": 0.3}, state="failed", runs=(run(0, 4.0, 0.1, 9.0),), error="RuntimeError: nan"),
-    Trial(3, 1e-2, {"lr": 0.4}, state="waiting"),
+    Trial(3, 5e-3, {"lr": 0.4}, state="waiting"),
 ]
 PLAN = SearchPlan(seeds=2, also={"lr": Range(0.01, 1.0)})
 
@@ -26,7 +26,7 @@ def test_the_suggestion_and_the_best() -> None:
     assert result.best is TRIALS[0]
     # differences 0 and 0.1: mean and standard error are both 0.05
     assert result.suggestion is TRIALS[1]
-    assert result.weight_decay == 1e-1
+    assert result.weight_decay == 1e-2
 
 
 def test_the_generalisation_gap() -> None:
@@ -54,16 +54,25 @@ def test_the_training_metric_is_found_by_its_name(monitor: str, logged: list[str
 
 
 def test_the_table() -> None:
-    assert SearchResult(TRIALS, PLAN).table() == "\n".join(
-        [
-            "trial  lambda   lr  val_loss  spread  l2_norm     state",
-            "    2   1e-05  0.3         4       -        9    failed",
-            "    0   0.001  0.1       1.5  0.7071        4  complete  <- best",
-            "    3    0.01  0.4         -       -        -   waiting",
-            "    1     0.1  0.2      1.55  0.7778        1  complete  <- suggested",
-            "The suggested lambda is the upper end of the range: a larger one may do as well, so raise `high`.",
-        ]
-    )
+    left = [
+        "trial  lambda  eta*lambda*T   lr  val_loss  spread  ",
+        "    2   1e-05        0.0002  0.3         4       -  ",
+        "    0   0.001          0.02  0.1       1.5  0.7071  ",
+        "    3   0.005           0.1  0.4         -       -  ",
+        "    1    0.01           0.2  0.2      1.55  0.7778  ",
+    ]
+    right = [
+        "difference to the best  its standard error  l2_norm     state",
+        "                     -                   -        9    failed",
+        "                     0                   0        4  complete  <- best",
+        "                     -                   -        -   waiting",
+        "                  0.05                0.05        1  complete  <- suggested",
+    ]
+    *lines, paired, remark = SearchResult(TRIALS, PLAN, lr_steps=20.0).table().splitlines()
+    assert lines == [one + other for one, other in zip(left, right, strict=True)]
+    assert paired == "Differences are paired by seed; positive is worse."
+    assert remark.startswith("The suggested lambda is the upper end of the range")
+    assert "eta" not in SearchResult(TRIALS, PLAN).table(), "the learning rate and the steps aren't known"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +81,16 @@ def test_the_table() -> None:
 def test_the_table_says_where_the_range_is_too_small(best: float, remark: str | None) -> None:
     lambdas = (1e-5, 1e-3, 1e-1)
     trials = [Trial(number, value, runs=(Run(0, float(value != best)),)) for number, value in enumerate(lambdas)]
-    remarks = SearchResult(trials).table().splitlines()[4:]
+    remarks = SearchResult(trials, SearchPlan(seeds=1)).table().splitlines()[4:]
     assert len(remarks) == (remark is not None)
     assert all(remark in line for line in remarks)
+
+
+def test_the_table_says_that_lambda_does_not_matter_rather_than_to_raise_it() -> None:
+    trials = [Trial(number, value, runs=(Run(0, 1.0),)) for number, value in enumerate((0.0, 1e-5, 1e-1))]
+    text = SearchResult(trials).table()
+    assert "val_loss does not depend on lambda at all" in text
+    assert "raise" not in text
 
 
 def test_a_trial_that_was_stopped_early_has_no_last_value(tmp_path: Path) -> None:
@@ -82,7 +98,7 @@ def test_a_trial_that_was_stopped_early_has_no_last_value(tmp_path: Path) -> Non
     stopped = Trial(2, 1e-4, state="pruned", runs=(run(0, 0.1, 0.1, 9.0),))
     result = SearchResult([*TRIALS[:2], stopped], SearchPlan(seeds=2))
     (line,) = (line for line in result.table().splitlines() if "pruned" in line)
-    assert line.split() == ["2", "0.0001", "-", "-", "9", "pruned"]
+    assert line.split() == ["2", "0.0001", *"----", "9", "pruned"]
     (row,) = (row for row in result.rows() if row["state"] == "pruned")
     assert math.isnan(row["val_loss"])
     assert math.isnan(row["generalisation_gap"])
@@ -96,13 +112,15 @@ def test_a_table_without_a_complete_trial() -> None:
 def test_the_csv_file(tmp_path: Path) -> None:
     SearchResult(TRIALS, PLAN).to_csv(tmp_path / "trials.csv")
     with (tmp_path / "trials.csv").open(newline="") as file:
-        failed, complete, waiting, _ = csv.DictReader(file)
+        failed, complete, waiting, other = csv.DictReader(file)
     assert list(complete) == [
-        *["trial", "weight_decay", "lr", "state", "val_loss", "spread", "seeds", "val_loss/seed_0", "val_loss/seed_1"],
+        *["trial", "weight_decay", "lr", "eta_lambda_T", "state", "val_loss", "spread"],
+        *["difference_to_best", "difference_standard_error", "seeds", "val_loss/seed_0", "val_loss/seed_1"],
         *["train_loss_epoch", "generalisation_gap", "l2_norm", "seconds", "error"],
     ]
     assert complete["val_loss/seed_1"] == "2.0"
     assert complete["generalisation_gap"] == "1.0"
     assert complete["seconds"] == "4.0"
+    assert float(other["difference_to_best"]) == pytest.approx(0.05)
     assert failed["error"] == "RuntimeError: nan"
     assert failed["val_loss/seed_1"] == failed["spread"] == waiting["val_loss"] == ""

@@ -17,7 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_l2.search import Range, SearchPlan, TrialRun, search_weight_decay
 from lightning_l2.search.study import load_result, run_search
 
-search = functools.partial(search_weight_decay, progress=False)
+# Lambda = 0 has tests of its own, in test_suggestion.py.
+search = functools.partial(search_weight_decay, progress=False, zero=False)
 
 
 def valley(run: TrialRun) -> float:
@@ -82,14 +83,14 @@ def test_the_order_of_trials() -> None:
 
 
 def test_the_suggested_value_is_refined_too() -> None:
-    """On a plateau the best value is any, and what is asked for is where it ends: here at 0.004."""
+    """On a plateau that begins at 0 what is asked for is where it ends: here at 0.004."""
 
     def plateau(run: TrialRun) -> float:
         noise = np.random.default_rng([run.trial, run.seed]).normal()
-        return 1.0 + 0.01 * noise + max(0.0, math.log10(run.weight_decay / 0.004))
+        return 1.0 + 0.001 * noise + math.log10(max(run.weight_decay, 0.004) / 0.004)
 
     for seed in range(0, 100, 10):
-        result = search(fit=plateau, seeds=3, seed=seed)
+        result = search(fit=plateau, seeds=3, seed=seed, zero=True)
         assert result.weight_decay < 0.004 * 1.1
         beyond = min(trial.weight_decay for trial in result.trials if trial.weight_decay > result.weight_decay)
         assert beyond / result.weight_decay < 3, "the grid's gaps are factors of 4.6 above 0.001, and of 10 below"
@@ -148,7 +149,7 @@ def test_a_training_that_diverges_counts_as_failed_and_the_search_goes_on(
     assert set(states.values()) == {"complete"}
     assert result.trials[5].error == f"val_loss is {bad} with seed 1"
     assert len(result.trials[5].runs) == 2, "no further seeds"
-    assert "Trial 5 ({'weight_decay': 0.1}) failed: val_loss is" in caplog.text
+    assert "Trial 5 (lambda=0.1) failed: val_loss is" in caplog.text
 
 
 def test_an_error_counts_as_failed_once_a_trial_is_complete() -> None:
@@ -169,8 +170,8 @@ def test_an_error_in_the_first_trial_ends_the_search_and_the_next_one_begins_the
         raise KeyError("a mistake")
 
     with pytest.raises(KeyError, match="a mistake"):
-        search(fit=broken, storage=tmp_path / "study", trials=4)
-    result = search(fit=valley, storage=tmp_path / "study", trials=4)
+        search(fit=broken, storage=tmp_path / "study.db", trials=4)
+    result = search(fit=valley, storage=tmp_path / "study.db", trials=4)
     assert [trial.state for trial in result.trials] == ["complete"] * 4
     assert result.trials[0].weight_decay == 1e-3
 
@@ -185,14 +186,13 @@ def test_a_missing_metric_names_those_there_are(tmp_path: Path) -> None:
         return {"val_acc": 0.5, "train_loss": 1.0} if run.weight_decay > 0.05 else {"val_loss": 1.0}
 
     with pytest.raises(ValueError, match=r"monitor='val_loss' never appeared.*Those that did: train_loss, val_acc"):
-        search(fit=fit, storage=tmp_path / "study", trials=4, seeds=1)
-    kept = load_result(SearchPlan(trials=4, seeds=1), tmp_path / "study", "weight_decay")
+        search(fit=fit, storage=tmp_path / "study.db", trials=4, seeds=1)
+    kept = load_result(SearchPlan(trials=4, seeds=1, zero=False), tmp_path / "study.db", "weight_decay")
     assert [trial.state for trial in kept.trials] == ["complete", "complete", "waiting"], "finished trials are kept"
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("file", ["study.journal", "study.db"])
-def test_an_interrupted_search_goes_on_where_it_was(interrupt: Any, file: str, tmp_path: Path) -> None:
+def test_an_interrupted_search_goes_on_where_it_was(interrupt: Any, tmp_path: Path) -> None:
     done: list[tuple[float, int]] = []
 
     def fit(run: TrialRun, stop_at: int) -> float:
@@ -201,50 +201,49 @@ def test_an_interrupted_search_goes_on_where_it_was(interrupt: Any, file: str, t
         done.append((run.weight_decay, run.seed))
         return valley(run)
 
-    plan = SearchPlan(trials=6, seeds=3)
+    plan = SearchPlan(trials=6, seeds=3, zero=False)
     for stop_at in (4, 11):
         with pytest.raises(interrupt):
-            run_search(functools.partial(fit, stop_at=stop_at), plan, storage=tmp_path / file, progress=False)
-    result = run_search(functools.partial(fit, stop_at=-1), plan, storage=tmp_path / file, progress=False)
+            run_search(functools.partial(fit, stop_at=stop_at), plan, storage=tmp_path / "study.db", progress=False)
+    result = run_search(functools.partial(fit, stop_at=-1), plan, storage=tmp_path / "study.db", progress=False)
     straight = run_search(valley, plan, progress=False)
     assert len(done) == len(set(done)) == 18, "nothing twice"
     assert [trial.parameters for trial in result.trials] == [trial.parameters for trial in straight.trials]
     assert [trial.mean for trial in result.trials] == [trial.mean for trial in straight.trials]
-    again = run_search(functools.partial(fit, stop_at=18), plan, storage=tmp_path / file, progress=False)
+    again = run_search(functools.partial(fit, stop_at=18), plan, storage=tmp_path / "study.db", progress=False)
     assert again.table() == result.table(), "a finished search trains nothing"
 
 
 def test_a_search_can_be_extended(tmp_path: Path) -> None:
-    search(fit=valley, trials=4, seeds=1, storage=tmp_path / "study")
-    longer = search(fit=valley, trials=8, seeds=1, storage=tmp_path / "study")
+    search(fit=valley, trials=4, seeds=1, storage=tmp_path / "study.db")
+    longer = search(fit=valley, trials=8, seeds=1, storage=tmp_path / "study.db")
     assert [trial.state for trial in longer.trials] == ["complete"] * 8
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     plan = {"low": np.float32(0.25), "high": np.float64(0.5), "trials": np.int64(2), "seeds": np.int32(1)}
-    search(fit=valley, storage=tmp_path / "study", **plan)
-    again = search(fit=valley, storage=tmp_path / "study", low=0.25, high=0.5, trials=3, seeds=1)
+    search(fit=valley, storage=tmp_path / "study.db", **plan)
+    again = search(fit=valley, storage=tmp_path / "study.db", low=0.25, high=0.5, trials=3, seeds=1)
     assert [trial.state for trial in again.trials] == ["complete"] * 3
 
 
 def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
-    search(fit=valley, trials=2, storage=tmp_path / "study")
+    search(fit=valley, trials=2, storage=tmp_path / "study.db")
     told = r"another search: high=0\.5 \(there: 0\.1\), seeds=2 \(there: 3\)\. Repeat"
     with pytest.raises(MisconfigurationException, match=told):
-        search(fit=valley, trials=2, storage=tmp_path / "study", high=0.5, seeds=2)
-    search(fit=valley, trials=2, storage=tmp_path / "study", high=0.5, seeds=2, name="another")
+        search(fit=valley, trials=2, storage=tmp_path / "study.db", high=0.5, seeds=2)
+    search(fit=valley, trials=2, storage=tmp_path / "study.db", high=0.5, seeds=2, name="another")
 
 
-@pytest.mark.parametrize("file", ["study.journal", "study.db"])
-def test_settings_that_never_trained_can_be_mended(file: str, tmp_path: Path) -> None:
+def test_settings_that_never_trained_can_be_mended(tmp_path: Path) -> None:
     """A first try with a wrong name leaves a study behind, with values of its own range waiting in it."""
 
     def fit(run: TrialRun) -> dict[str, float]:
         return {"val_acc": -valley(run)}
 
     with pytest.raises(ValueError, match="never appeared"):
-        search(fit=fit, storage=tmp_path / file, trials=4)
-    mended = search(fit=fit, storage=tmp_path / file, trials=4, monitor="val_acc", mode="max", low=1e-3, seeds=1)
+        search(fit=fit, storage=tmp_path / "study.db", trials=4)
+    mended = search(fit=fit, storage=tmp_path / "study.db", trials=4, monitor="val_acc", mode="max", low=1e-3, seeds=1)
     assert [trial.state for trial in mended.trials] == ["complete"] * 4
     assert min(trial.weight_decay for trial in mended.trials) == 1e-3
 
@@ -276,7 +275,7 @@ def test_hopeless_trainings_are_stopped() -> None:
                 break
         return metric
 
-    search = functools.partial(search_weight_decay, fit=fit, trials=20, seeds=2, progress=False)
+    search = functools.partial(search_weight_decay, fit=fit, trials=20, seeds=2, zero=False, progress=False)
     result = search()
     assert [trial.state for trial in result.trials] == ["complete"] * 11 + ["pruned"] * 9
     for trial in result.trials:
@@ -286,21 +285,21 @@ def test_hopeless_trainings_are_stopped() -> None:
     assert all(trial.state == "complete" for trial in search(prune=False).trials)
 
 
-def test_what_is_no_worse_than_the_noise_is_not_hopeless() -> None:
-    """The same metrics, where the seeds of the best trial differ by 2 and so have a standard deviation of 1.41."""
+def test_a_trial_that_is_worse_with_every_seed_is_stopped_by_the_wilcoxon_test() -> None:
+    """With four pairs that all speak against it p is 1/16, below 0.1; three would give 1/8."""
 
-    def fit(run: TrialRun) -> float:
-        metric = float(run.trial if run.trial < 10 else run.trial - 4) + 2.0 * run.seed
-        return math.nan if run.report(0, metric) else metric
+    def worse(run: TrialRun) -> float:
+        return run.seed % 2 + (run.trial if run.trial < 8 else 0.5 + run.trial / 100)
 
-    result = search(fit=fit, trials=20, seeds=2)
-    # of the first seed's 0 to 9, 6 and 7 the upper quartile is 7, and 8 is within 1.41 of it; with 8 it is 7.25
-    assert [trial.state for trial in result.trials][10:14] == ["complete"] * 3 + ["failed"]
+    result = search(fit=worse, trials=16, seeds=8)
+    assert [(trial.state, len(trial.runs)) for trial in result.trials[:8]] == [("complete", 8)] * 8, "the grid"
+    assert [(trial.state, len(trial.runs)) for trial in result.trials[8:]] == [("pruned", 4)] * 8
+    assert {trial.state for trial in search(fit=worse, trials=16, seeds=4).trials} == {"complete"}
 
 
 def test_the_grid_is_trained_in_full_also_where_a_part_of_it_is_late() -> None:
     """Another process trains all the rest during the second trial."""
-    plan, storage = SearchPlan(trials=12, seeds=1), optuna.storages.InMemoryStorage()
+    plan, storage = SearchPlan(trials=12, seeds=1, zero=False), optuna.storages.InMemoryStorage()
     late: list[int] = []
 
     def leave() -> None:
@@ -337,7 +336,7 @@ def test_each_warning_is_shown_once_and_levels_come_back() -> None:
 
 
 def test_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    search_weight_decay(fit=valley, trials=2, seeds=2)
+    search_weight_decay(fit=valley, trials=2, seeds=2, zero=False)
     last = capsys.readouterr().err.split("\r")[-1]
     assert "weight decay: 100%" in last
     assert "4/4" in last

@@ -4,8 +4,8 @@ import statistics
 import numpy as np
 import pytest
 
-from lightning_l2.search import Run, Trial
-from lightning_l2.search.suggestion import best_trial, suggested_trial
+from lightning_l2.search import Run, Trial, search_weight_decay
+from lightning_l2.search.suggestion import best_trial, difference, suggested_trial, verdict
 
 
 def trial(weight_decay: float, *values: float, state: str = "complete", error: str | None = None) -> Trial:
@@ -74,3 +74,103 @@ def test_the_suggestion_covers_the_optimum_as_often_as_one_standard_error_should
     pairs = [(trial(0.1, *values[0]), trial(0.2, *values[1])) for values in generator.normal(size=(4000, 2, 5))]
     taken = statistics.fmean(suggested_trial(pair).weight_decay == 0.2 for pair in pairs)
     assert taken == pytest.approx(0.813, abs=0.02)
+
+
+def told(*trials: Trial, sign: int = 1) -> tuple[float, str | None]:
+    return suggested_trial(trials, sign).weight_decay, verdict(trials, "val_loss", sign)
+
+
+def test_the_difference_and_its_standard_error() -> None:
+    away = difference(trial(0.02, 1.1, 2.3, 3.2), trial(0.01, 1.0, 2.0, 3.0))
+    assert away == pytest.approx((0.2, 0.1 / math.sqrt(3)))
+    assert difference(trial(0.02, 1.1), trial(0.01, 1.0), sign=-1)[0] == pytest.approx(-0.1)
+    assert math.isnan(difference(trial(0.02, 1.1), trial(0.01, 1.0)).error)
+    assert math.isnan(difference(trial(0.02), trial(0.01, 1.0)).mean)
+
+
+def test_at_most_one_decade_above_the_best() -> None:
+    """Where noise is large, everything is within one standard error."""
+    best, *larger = trial(0.01, 1.0, 3.0), trial(0.1, 1.5, 2.6), trial(0.2, 1.9, 2.2)
+    assert suggested_trial([best, *larger]) is larger[0]
+
+
+def test_never_worse_than_zero() -> None:
+    """0.02 is within one standard error of the best, and worse than lambda = 0."""
+    zero, best, near = trial(0.0, 2.0, 2.1, 2.0), trial(0.01, 1.0, 2.0, 1.9), trial(0.02, 1.0, 2.0, 3.2)
+    assert suggested_trial([best, near]) is near
+    assert told(zero, best, near) == (0.01, None)
+
+
+def test_weight_decay_that_does_not_help() -> None:
+    """The digits of the issue: 1e-5 to 1e-3 give 0.4138 to 0.4149, paired differences are sharp, nothing matters."""
+    zero = trial(0.0, 0.4138, 0.4238, 0.4038)
+    rows = {1e-5: 0.0, 3.16e-5: -0.0002, 1e-3: 0.0011, 1e-2: 0.02}
+    trials = [zero, *(trial(value, *(run.value + away for run in zero.runs)) for value, away in rows.items())]
+    assert best_trial(trials).weight_decay == 3.16e-5
+    assert told(*trials) == (1e-3, "Weight decay does not help here; up to 0.001 it does no harm.")
+
+
+def test_what_is_better_by_less_than_its_standard_error_does_not_help() -> None:
+    zero = trial(0.0, 1.0, 1.0, 1.0)
+    # better by 0.2 with a standard error of 0.06, and by 0.1 with one of 0.15
+    assert told(zero, trial(0.01, 0.7, 0.9, 0.8)) == (0.01, None)
+    assert told(zero, trial(0.01, 0.6, 1.1, 1.0)) == (
+        0.01,
+        "Weight decay does not help here; up to 0.01 it does no harm.",
+    )
+
+
+def test_one_percent_of_an_accuracy_is_one_of_its_errors() -> None:
+    """From 97 to 97.5 % is a sixth of the errors; 96.5 % does harm, although it is less than 1 % of the accuracy."""
+    zero = trial(0.0, 0.97, 0.97)
+    assert told(zero, trial(0.01, 0.975, 0.975), sign=-1) == (0.01, None)
+    assert told(zero, trial(0.01, 0.97, 0.9701), trial(0.1, 0.965, 0.965), sign=-1)[0] == 0.01
+
+
+def test_a_lambda_that_changes_no_bit_is_never_suggested() -> None:
+    zero, alike = trial(0.0, 1.0, 2.0), trial(1e-3, 1.0, 2.0)
+    assert told(zero, alike, trial(0.1, 1.5, 2.5)) == (
+        0.0,
+        "Weight decay does not help here: no lambda that acts is better than 0, and all do harm.",
+    )
+    assert told(zero, alike, trial(0.1, 1.0, 2.001))[0] == 0.1
+    value, words = told(zero, alike, trial(0.1, 1.0, 2.0))
+    assert value == 0.0
+    assert words is not None
+    assert words.startswith("val_loss does not depend on lambda at all: all trials are equal.")
+    assert told(trial(0.01, 1.0), trial(0.1, 1.0))[1] == words, "and where 0 was not tried"
+
+
+def test_without_zero_nobody_knows_whether_it_helps() -> None:
+    assert told(trial(0.01, 1.0, 2.0), trial(0.1, 1.5, 2.5)) == (0.01, None)
+    assert told(trial(0.0, 1.0, state="failed"), trial(0.01, 1.0, 2.0), trial(0.1, 1.5, 2.5)) == (0.01, None)
+
+
+def test_the_regret_on_ridge_regression() -> None:
+    """Problems of 20 weights and 30 samples with little noise, whose risk is known in closed form.
+
+    The three seeds are three draws of the noise of the data. With X the samples and w the weights, the solution is
+    (X'X / n + lambda)^-1 X'y / n, and its risk |w - solution|^2 + noise^2 for inputs of variance 1.
+    """
+    regrets = [regret_of(problem, noise) for noise in (0.1, 0.3, 1.0) for problem in range(10)]
+    suggested, best = map(statistics.fmean, zip(*regrets, strict=True))
+    assert best < 0.01
+    assert suggested - best < 0.05
+
+
+def regret_of(problem: int, noise: float) -> tuple[float, float]:
+    generator = np.random.default_rng(problem)
+    w, x = generator.normal(size=20), generator.normal(size=(30, 20))
+    values, axes = np.linalg.eigh(x.T @ x / 30)
+
+    def risk(weight_decay: float, seed: int) -> float:
+        y = x @ w + noise * np.random.default_rng([problem, seed]).normal(size=30)
+        away = axes.T @ w - axes.T @ (x.T @ y / 30) / (values + weight_decay)
+        return float(away @ away) + noise**2
+
+    def mean(weight_decay: float) -> float:
+        return statistics.fmean(risk(weight_decay, seed) for seed in range(3))
+
+    result = search_weight_decay(fit=lambda run: risk(run.weight_decay, run.seed), low=1e-4, high=10.0, progress=False)
+    known = min(map(mean, np.geomspace(1e-5, 10, 200)))
+    return mean(result.weight_decay) / known - 1, mean(result.best.weight_decay) / known - 1

@@ -1,5 +1,6 @@
 """The search on Trainers."""
 
+import contextlib
 import functools
 import importlib
 import math
@@ -18,7 +19,8 @@ from lightning_l2 import WeightDecay
 from lightning_l2.search import Range, search_weight_decay
 from tests.helpers import ValidatedNet, batches, data, make_trainer
 
-search = functools.partial(search_weight_decay, progress=False)
+# Lambda = 0 has tests of its own.
+search = functools.partial(search_weight_decay, progress=False, zero=False, low=1e-5, high=1e-1)
 
 
 class Logging(ValidatedNet):
@@ -51,7 +53,7 @@ def test_a_trainer_a_module_and_data() -> None:
     assert result.train_metric == "train_loss_epoch"
 
 
-def test_lambda_acts_and_the_norm_is_of_the_weights_that_decay() -> None:
+def test_lambda_acts_and_the_norm_is_of_all_weights() -> None:
     """Under a learning rate of 0 nothing moves, so the norm is the initial one of the seed."""
 
     def still(weight_decay: float) -> tuple[Any, ...]:
@@ -62,8 +64,8 @@ def test_lambda_acts_and_the_norm_is_of_the_weights_that_decay() -> None:
     for run in runs:
         pl.seed_everything(run.seed, verbose=False)
         module = Logging()
-        body, head = (float(layer.weight.detach().norm()) for layer in (module.body[0], module.head))
-        assert run.l2_norm == pytest.approx(math.hypot(body, head), rel=1e-6)
+        norms = [float(weight.detach().double().norm()) for weight in module.parameters()]
+        assert run.l2_norm == pytest.approx(math.hypot(*norms), rel=1e-6)
     assert runs[0].value == runs[2].value, "the same seed gives the same training"
     assert runs[0].value != runs[1].value
     result = search(make, trials=3, seeds=1, low=1e-5, high=10.0)
@@ -112,7 +114,9 @@ def test_a_joint_search_hands_the_other_values_over() -> None:
         return make(weight_decay)
 
     result = search(with_lr, also={"lr": Range(1e-3, 1e-1)}, trials=3, seeds=1)
-    assert seen == [(trial.weight_decay, trial.others["lr"]) for trial in result.trials]
+    looked, *trained = seen
+    assert looked == (1e-3, pytest.approx(1e-2)), "the middle of the range, where the training is only looked at"
+    assert trained == [(trial.weight_decay, trial.others["lr"]) for trial in result.trials]
 
 
 def test_hopeless_trainings_stop_in_their_second_half() -> None:
@@ -191,8 +195,12 @@ def test_no_validation_data() -> None:
 
 def test_a_trainer_that_trained_before() -> None:
     trainer, module, *loaders = make(0.1)
-    with pytest.raises(MisconfigurationException, match=r"has trained before \(global_step=16\)\. Build a new Trainer"):
+    with pytest.raises(MisconfigurationException, match=r"was in use before \(global_step=0\)\. Build a new Trainer"):
         search(lambda weight_decay: (trainer, module, *loaders), trials=2, seeds=1)
+    trained = make(0.1)
+    trained[0].fit(*trained[1:])
+    with pytest.raises(MisconfigurationException, match=r"was in use before \(global_step=16\)"):
+        search(lambda weight_decay: trained, trials=2, seeds=1)
 
 
 def test_make_returns_something_else() -> None:
@@ -210,11 +218,54 @@ def test_a_diverging_training_of_a_trainer() -> None:
     assert result.trials[2].error == "val_loss is nan with seed 0"
 
 
+class Linear(pl.LightningModule):
+    """Linear regression, which gradient descent on the squared error with weight decay turns into ridge regression."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(20, 1, bias=False)
+        self.lr = lr
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.line(batch[0]), batch[1]) / 2
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val_loss", self.training_step(batch))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def test_the_regret_on_ridge_problems_in_real_trainings() -> None:
+    """Ten problems of 20 weights and 30 samples, noise 1: what is known is the held-out loss of the closed form."""
+    regrets = []
+    for problem in range(10):
+        generator = torch.Generator().manual_seed(problem)
+        w = torch.randn(20, 1, generator=generator)
+        x, held = (torch.randn(n, 20, generator=generator) for n in (30, 200))
+        y, truth = (inputs @ w + torch.randn(len(inputs), 1, generator=generator) for inputs in (x, held))
+
+        def ridge(weight_decay: float, x=x, y=y, held=held, truth=truth) -> float:
+            a = x.double().T @ x.double() / 30 + weight_decay * torch.eye(20, dtype=torch.float64)
+            solution = torch.linalg.solve(a, x.double().T @ y.double() / 30)
+            return float((held.double() @ solution - truth.double()).square().mean()) / 2
+
+        def linear(weight_decay: float, x=x, y=y, held=held, truth=truth) -> tuple[Any, ...]:
+            trainer = make_trainer([WeightDecay(weight_decay, summary=False)])
+            return trainer, Linear(0.1), *(DataLoader(pairs, None) for pairs in ([(x, y)] * 100, [(held, truth)]))
+
+        result = search_weight_decay(linear, trials=7, seeds=2, progress=False)
+        best = min(ridge(10.0**power) for power in torch.linspace(-4, 1, 200).tolist())
+        regrets.append(ridge(result.weight_decay) / best - 1)
+    assert sum(regrets) / 10 <= 0.05
+
+
 class Digits(pl.LightningModule):
     """A network with far more weights than the 200 images it learns from."""
 
-    def __init__(self) -> None:
+    def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
+        self.lr = lr
         self.layers = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -227,7 +278,31 @@ class Digits(pl.LightningModule):
         self.log("test_error", (self.layers(batch[0]).argmax(1) != batch[1]).float().mean())
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.0)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"low": 1e-9, "high": 1e-4}])
+def test_digits_where_lambda_hardly_acts(bounds: dict[str, float]) -> None:
+    """AdamW(lr=1e-3) for 100 steps: lambda is found to matter or not to, and one that does nothing isn't suggested."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    train, val = (TensorDataset(images[part].float() / 16, labels[part]) for part in (slice(0, 500), slice(500, 900)))
+
+    def digits(weight_decay: float) -> tuple[Any, ...]:
+        trainer = make_trainer([WeightDecay(weight_decay, summary=False)], max_epochs=5)
+        return trainer, Digits(lr=1e-3), DataLoader(train, 25, shuffle=True), DataLoader(val, 400)
+
+    with pytest.warns(UserWarning, match=r"eta \* T = 0\.1") if bounds else contextlib.nullcontext():
+        result = search_weight_decay(digits, trials=5, seeds=2, progress=False, **bounds)
+    zero = [run.value for run in next(trial for trial in result.trials if trial.weight_decay == 0).runs]
+    values = {trial.weight_decay: [run.value for run in trial.runs] for trial in result.trials}
+    assert result.weight_decay == 0 or values[result.weight_decay] != zero
+    if bounds:
+        assert result.remark is not None
+        assert "does not" in result.remark
+    else:
+        assert result.lr_steps == pytest.approx(0.1)
+        gain = 1 - np.mean(values[result.weight_decay]) / np.mean(zero)
+        assert gain >= 0.01 or "does not help" in result.remark
 
 
 def test_digits_with_few_samples() -> None:

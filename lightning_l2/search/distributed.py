@@ -17,10 +17,10 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_l2.search.plan import SearchPlan
-from lightning_l2.search.quiet import quiet_trainings
+from lightning_l2.search.progress import quiet_trainings
 from lightning_l2.search.result import SearchResult
-from lightning_l2.search.run import Fit, Outcome, TrialRun, never
-from lightning_l2.search.study import load_result, run_search
+from lightning_l2.search.storage import import_optuna
+from lightning_l2.search.trials import Fit, Outcome, TrialRun, never
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,13 @@ def search_on_all_ranks(fit: Fit, plan: SearchPlan, **options: Any) -> SearchRes
     come here too; they learn their first training from an environment variable and the others from rank 0 itself.
 
     Args:
-        fit: does one training, on all ranks together.
-        plan: what to search.
-        options: those of `run_search`.
+        fit: Does one training, on all ranks together.
+        plan: What to search.
+        options: Those of `run_search`.
     """
+    import_optuna()
+    from lightning_l2.search.study import load_result, run_search
+
     store = None if _is_connected() else _store()
     if not is_first_rank():
         first = _hear() if _is_connected() else _first(store)
@@ -86,8 +89,8 @@ def _tell(message: TrialRun | SearchResult | None, store: Any = None) -> None:
     if _is_connected():
         dist.broadcast_object_list([message], src=0)
     elif isinstance(message, TrialRun):
-        values = {"weight_decay": message.weight_decay, "seed": message.seed, "trial": message.trial}
-        text = json.dumps({**values, "others": dict(message.others)})
+        names = ("weight_decay", "seed", "trial", "only_looks")
+        text = json.dumps({**{name: getattr(message, name) for name in names}, "others": dict(message.others)})
         os.environ[VARIABLE] = text
         if store is not None:
             store.set(VARIABLE, text)

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_l2.search.project import Project
-from lightning_l2.search.ranks import is_first_rank, search_on_all_ranks
-from lightning_l2.search.study import load_result
+from lightning_l2.cli.project import Project
+from lightning_l2.search.distributed import is_first_rank, search_on_all_ranks
 
 if TYPE_CHECKING:
-    from lightning_l2.search.result import SearchResult
-    from lightning_l2.search.suggestion import Trial
+    from lightning_l2.search import SearchResult, Trial
 
 DESCRIPTION = """\
-Choose lambda: train with several values of weight decay and compare them on the validation data.
+Choose lambda: train with several values of weight decay and compare them on the validation data, paired by seed. The
+range is where decay acts: eta * lambda * T from 0.01 to 10, by the peak of the learning rate and the optimizer steps.
 
 Takes everything that `fit` of a LightningCLI takes: --config, once or several times, and overrides of single values.
 What to search is set by the options --search.*, or by a section `search:` in a configuration. The same command
@@ -32,7 +31,12 @@ continues a search that was stopped, and shares it with other processes and mach
   python -m lightning_l2 search --config fit.yaml
   python -m lightning_l2 search --config fit.yaml --search.monitor val_acc --search.mode max --search.trials 8
   python -m lightning_l2 search --config fit.yaml --search.also '{model.init_args.lr: {low: 1.0e-4, high: 1.0e-2}}'
-  python -m lightning_l2 search --config fit.yaml --model_class my.Model --data_class my.Data
+
+Most programs name their classes themselves, as `LightningCLI(Model, Data)` or `MyCLI(Model, Data)` does; then the
+configuration has no class_path, and the classes are given here:
+
+  python -m lightning_l2 search --config fit.yaml --model_class train.Model --data_class train.Data
+  python -m lightning_l2 search --config fit.yaml --cli train.MyCLI --model_class train.Model --data_class train.Data
 """
 OPTIONS = {
     "--model_class": "class of the model, package.module.Class, where the configuration's `model` has no class_path",
@@ -41,13 +45,13 @@ OPTIONS = {
 }
 
 
-def search_command(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run the search and return the exit code.
 
     It is 0, 1 if the training can't be searched as it is set up, 2 if an option is wrong, 130 after an interrupt.
 
     Args:
-        arguments: what follows `search` on the command line.
+        arguments: What follows `search` on the command line.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lightning_l2 search",
@@ -76,10 +80,10 @@ def search_command(arguments: Sequence[str]) -> int:
 def _search(project: Project) -> int:
     options = project.options
     folder = Path(options.folder)
-    storage = options.storage or str(folder / "study.journal")
+    storage = options.storage or str(folder / "study.db")
     try:
         result = search_on_all_ranks(
-            project.fit, options, storage=storage, name=options.name, setting=project.settings()
+            project.fit, options, storage=storage, name=options.name, setting=project.settings(), looks=True
         )
     except MisconfigurationException as error:
         if is_first_rank():
@@ -88,6 +92,8 @@ def _search(project: Project) -> int:
     except (KeyboardInterrupt, SystemExit):
         # The Trainer turns an interrupt into an exit of the process.
         if is_first_rank():
+            from lightning_l2.search.study import load_result
+
             with suppress(KeyError):  # from a study that hadn't begun
                 _tell_interrupted(load_result(options, storage, options.name), folder, storage)
         return 130
@@ -103,7 +109,7 @@ def _tell_interrupted(result: SearchResult, folder: Path, storage: str) -> None:
     result.save(folder)
     finished = sum(trial.state in ("complete", "pruned", "failed") for trial in result.trials)
     print(
-        f"\nStopped. {finished} of {result.plan.trials} trials are finished and kept in {storage}, "
+        f"\nStopped. {finished} of {result.plan.places} trials are finished and kept in {storage}, "
         f"as a table and pictures in {folder}. The same command continues.",
         file=sys.stderr,
     )

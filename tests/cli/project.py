@@ -70,6 +70,13 @@ class Data(pl.LightningDataModule):
         return TensorDataset(*(torch.randn(32, columns, generator=generator) for columns in (self.inputs, 2)))
 
 
+class PlainCLI(LightningCLI):
+    """Has an argument of its own and leaves the classes to the program, as most projects do."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument("--note", default="none")
+
+
 class LinkedCLI(LightningCLI):
     """Links the number of inputs, has an argument of its own, and does something after a training."""
 

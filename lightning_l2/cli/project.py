@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from lightning_l2.search.cli import Parsed, explain, import_class, is_a, search_cli
-from lightning_l2.search.plan import Range, SearchPlan
-from lightning_l2.search.run import Outcome, TrialRun
-from lightning_l2.search.suggestion import Trial
-from lightning_l2.search.target import TAKE_LAMBDA
+from lightning_l2 import DecayRule
+from lightning_l2.cli.parser import Parsed, explain, import_class, is_a, search_cli
+from lightning_l2.search import Range, SearchPlan, Trial, TrialRun
 from lightning_l2.search.training import train
+from lightning_l2.search.trials import Outcome
+
+# Callbacks by the names of their classes, the first that is there first.
+TAKE_LAMBDA = ("WeightDecay", "L2Penalty")
 
 # What may differ between processes that share a search.
 INCOMPARABLE = ("config", "search", "seed_everything", "trainer.default_root_dir", "trainer.logger")
@@ -26,13 +29,13 @@ class SearchOptions(SearchPlan):
     """What to search and where to keep it.
 
     Args:
-        key: configuration key that takes lambda, such as `model.init_args.weight_decay`. None is the callback
+        key: Configuration key that takes lambda, such as `model.init_args.weight_decay`. None is the callback
             `WeightDecay`, else `L2Penalty`; a `WeightDecay` is added where the configuration has neither.
-        folder: where results are written: the trials as a table and pictures, `best.yaml`, and what trainings log; they
+        folder: Where results are written: the trials as a table and pictures, `best.yaml`, and what trainings log; they
             write no checkpoints.
-        storage: where trials are kept: a path for a journal file, one that ends in .db for SQLite, or a database URL
-            for many machines. None is a journal file in the folder.
-        name: the study's name in the storage.
+        storage: Where trials are kept: a path for an SQLite file, or a database URL for many machines. None is
+            `study.db` in the folder.
+        name: The study's name in the storage.
     """
 
     key: str | None = None
@@ -45,10 +48,10 @@ class Project:
     """What a command line describes.
 
     Args:
-        arguments: those of `fit` of a LightningCLI, with the options `--search.*`.
-        cli: the project's own subclass of LightningCLI, `package.module.Class`.
-        model_class: class of the model where the configuration names none.
-        data_class: class of the data module where the configuration names none.
+        arguments: Those of `fit` of a LightningCLI, with the options `--search.*`.
+        cli: The project's own subclass of LightningCLI, `package.module.Class`.
+        model_class: Class of the model where the configuration names none.
+        data_class: Class of the data module where the configuration names none.
 
     Raises:
         ModuleNotFoundError: If jsonargparse isn't installed.
@@ -70,7 +73,7 @@ class Project:
         try:
             self._cli_class(args=["fit", *arguments])
         except argparse.ArgumentError as error:
-            absent = [name for name, path in (("model", model_class), ("data", data_class)) if path is None is cli]
+            absent = [name for name, path in (("model", model_class), ("data", data_class)) if path is None]
             raise ValueError(explain(str(error), absent, cli_class.fit_parser)) from error
         except Parsed as parsed:
             self._configuration, self._parser = parsed.configuration, parsed.parser
@@ -106,7 +109,8 @@ class Project:
         elif self._place() is None:
             values["trainer.callbacks+"] = [_callback(trial.weight_decay)]
         else:
-            values["trainer.callbacks"] = self._plain(self._with(trial.weight_decay, {}))["trainer"]["callbacks"]
+            callbacks = self._plain(self._with(trial.weight_decay, {}))["trainer"]["callbacks"]
+            values["trainer.callbacks"] = _without_defaults(callbacks)
         nested: dict[str, Any] = {}
         for key, value in values.items():
             *parents, last = key.split(".")
@@ -157,6 +161,29 @@ def _callbacks(fit: Any) -> list[Any]:
 
 def _callback(weight_decay: float) -> dict[str, Any]:
     return {"class_path": "lightning_l2.WeightDecay", "init_args": {"weight_decay": weight_decay}}
+
+
+def _without_defaults(value: Any) -> Any:
+    """Return plain values without the arguments that are as they would be anyway."""
+    if isinstance(value, list):
+        return [_without_defaults(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {field.name for field in fields(DecayRule)}:
+        return {key: entry for key, entry in value.items() if not _is_default(entry, DecayRule, key)}
+    if "class_path" not in value:
+        return value
+    kind, given = import_class(value["class_path"]), value.get("init_args") or {}
+    kept = {key: _without_defaults(entry) for key, entry in given.items() if not _is_default(entry, kind, key)}
+    return {"class_path": value["class_path"], **({"init_args": kept} if kept else {})}
+
+
+def _is_default(value: Any, kind: Any, name: str) -> bool:
+    parameter = signature(kind).parameters.get(name)
+    default: Any = Parameter.empty if parameter is None else parameter.default
+    if is_dataclass(default) and not isinstance(default, type):
+        default = asdict(default)
+    return bool(value == (list(default) if isinstance(default, tuple) else default))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

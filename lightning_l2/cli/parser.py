@@ -36,14 +36,15 @@ def explain(message: str, absent: Sequence[str], parser: Any) -> str:
     if unknown := re.search(r"^unrecognized arguments: --([\w.]+)", message, re.IGNORECASE):
         close = get_close_matches(unknown[1], list(parser.get_defaults().keys()), cutoff=0.5)
         return f"{message}. Closest options: {', '.join(f'--{name}' for name in close) or 'none'}."
-    options = " and ".join(
-        f"--{name}_class package.module.Class" for name in absent if re.search(rf'(key "|fit\.){name}', message)
-    )
-    if not options:
+    missing = [name for name in absent if re.search(rf'(key "|fit\.){name}', message)]
+    if not missing:
         return message
+    options = " and ".join(
+        f"--{name}_class package.module.Class" for name in (absent if "model" in missing else missing)
+    )
     return (
-        f"{message}\nWhere the program names its classes itself, as LightningCLI(Model, Data) does, so that the "
-        f"configuration has no class_path, give them here too: {options}."
+        f"{message}\nWhere the program names its classes itself, as LightningCLI(Model, Data) or MyCLI(Model, Data) "
+        f"does, so that the configuration has no class_path, give them here too: {options}."
     )
 
 
@@ -59,8 +60,8 @@ def search_cli(path: str | None, options: type) -> Any:
     """Return a LightningCLI that parses a command line, or builds what a configuration describes without training.
 
     Args:
-        path: a project's own subclass of LightningCLI, `package.module.Class`, which it then derives from.
-        options: what `--search.*` stands for.
+        path: A project's own subclass of LightningCLI, `package.module.Class`, which it then derives from.
+        options: What `--search.*` stands for.
 
     Raises:
         ModuleNotFoundError: If jsonargparse isn't installed.
