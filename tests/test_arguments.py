@@ -22,8 +22,8 @@ import lightning_l2
 from lightning_l2 import adaptive, bounds, convert, schedules
 from lightning_l2.alarms import NormAlarms
 from lightning_l2.arguments import check_types
-from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.cli.project import SearchOptions
+from lightning_l2.search.plan import Range, SearchPlan
 from tests.test_schedules import CLOSED_FORMS
 
 LINEAR = schedules.LinearSchedule(1.0, 2.0)
