@@ -129,7 +129,7 @@ class L2Penalty(Callback):
         """Decide on parameters that came late; measure a logged step's weights, with which its loss is computed."""
         if self._fit is None:
             return
-        self._follow(trainer, pl_module)
+        self._follow(trainer, pl_module, afresh=False)
         if self._fit.is_decided and is_first_batch_of_step(trainer):
             self._prepare_step(trainer)
 
@@ -146,7 +146,7 @@ class L2Penalty(Callback):
             return
         if not self._fit.is_decided:
             self._decide_late(trainer, pl_module)
-        self._follow(trainer, pl_module)
+        self._follow(trainer, pl_module, afresh=False)
         tell_of_gradients(trainer, optimizer, self)
 
     def on_train_batch_end(
@@ -177,9 +177,12 @@ class L2Penalty(Callback):
         """Keep nothing of the fit."""
         self._release()
 
-    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, afresh: bool = True) -> None:
         """Go over to optimizers that were set up anew, and decide on parameters that are new."""
-        if self._fit is not None and self._fit.objective.follow(optimizers_in_use(trainer)) | self._fit.is_outdated():
+        if (
+            self._fit is not None
+            and self._fit.objective.follow(optimizers_in_use(trainer, afresh=afresh)) | self._fit.is_outdated()
+        ):
             self._decide(trainer, pl_module)
 
     def _decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimiz
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.both_packages import derive_from_both
-from lightning_l2.optimizers.inner import updating_optimizers
+from lightning_l2.optimizers.inner import updating_optimizers, updating_optimizers_as_before
 from lightning_l2.optimizers.step_hook import gradients_are_complete, tell_once, updates_of
 
 if TYPE_CHECKING:
@@ -183,13 +183,20 @@ def bare_optimizers(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
     return [bare for bare in map(bare_optimizer, trainer.optimizers) if not isinstance(bare, _MockOptimizer)]
 
 
-def optimizers_in_use(trainer: Any) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that update the module's parameters: of wrapped ones the innermost, looked up afresh."""
+def optimizers_in_use(trainer: Any, *, afresh: bool = True) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that update the module's parameters: of wrapped ones the innermost.
+
+    Args:
+        trainer: The Trainer.
+        afresh: Whether to look through wrappers that were looked through before.
+    """
     found = trainer.optimizers
     if all(type(optimizer).__module__.startswith("torch.optim.") for optimizer in found):
         return found  # type: ignore[no-any-return]  # nothing is wrapped, as nearly always; every batch asks
     bare = bare_optimizers(trainer)
-    return bare if splits_early(trainer) else updating_optimizers(bare)
+    if splits_early(trainer):
+        return bare
+    return updating_optimizers(bare) if afresh else updating_optimizers_as_before(bare)
 
 
 def tell_of_gradients(trainer: Any, optimizer: Any, teller: object, *, is_unscaled: bool = False) -> None:

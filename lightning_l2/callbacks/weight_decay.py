@@ -171,7 +171,7 @@ class WeightDecay(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Follow optimizers that were set up anew, and groups that changed since."""
-        self._follow(trainer)
+        self._follow(trainer, afresh=False)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Decide on lazy parameters, which have a shape after the first forward pass."""
@@ -230,11 +230,13 @@ class WeightDecay(Callback):
         self._resuming.restored = None if state is None else dict(state["weight_decay"])
         self._options = {} if state is None else state.get("options", {})
 
-    def _follow(self, trainer: pl.Trainer) -> None:
+    def _follow(self, trainer: pl.Trainer, *, afresh: bool = True) -> None:
         if self._fit is None:
             return
         decided = not self._fit.is_decided and self._fit.decide()
-        changed = self._fit.follow(optimizers_in_use(trainer)) or decided or self._fit.version != self._version
+        changed = (
+            self._fit.follow(optimizers_in_use(trainer, afresh=afresh)) or decided or self._fit.version != self._version
+        )
         if changed and self._fit.is_decided:
             self._show(trainer, self._fit)
 

@@ -135,7 +135,7 @@ class WeightDecayScheduler(Callback):
         if self._fit is not None:
             if not self._is_checked:
                 self._check(trainer)
-            self._set(trainer)
+            self._set(trainer, afresh=False)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain of lazy parameters without decay, too, which have a shape after the first forward pass."""
@@ -210,9 +210,9 @@ class WeightDecayScheduler(Callback):
             self._fit.remove()
             self._fit = None
 
-    def _set(self, trainer: pl.Trainer) -> None:
+    def _set(self, trainer: pl.Trainer, *, afresh: bool = True) -> None:
         if self._fit is not None:
-            self._fit.follow(optimizers_in_use(trainer))
+            self._fit.follow(optimizers_in_use(trainer, afresh=afresh))
             self._fit.set(self._index(trainer))
 
     def _index(self, trainer: pl.Trainer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,31 @@ def updating_optimizers(optimizers: Any | Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
+def updating_optimizers_as_before(optimizers: Iterable[Any]) -> list[Any]:
+    """Return the same as they were found when each optimizer was first looked through, which takes a while.
+
+    What a wrapper came to hold since is missing.
+    """
+    found: dict[int, Any] = {}
+    for optimizer in optimizers:
+        known = [inner() for inner in _KNOWN.get(optimizer, ())]
+        if not known or None in known:
+            known = updating_optimizers(optimizer)
+            _KNOWN[optimizer] = [weakref.ref(inner) for inner in known]
+        found.update((id(inner), inner) for inner in known)
+    return list(found.values())
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
 def _innermost(optimizer: Any, seen: set[int]) -> list[Any]:
     seen.add(id(optimizer))
     if type(optimizer).__module__.startswith("torch.optim."):
         return [optimizer]
     held = _held(optimizer, seen)
+    if not held:
+        return [optimizer]
     inner = [innermost for one in held for innermost in _innermost(one, seen)]
     mine = _parameters(optimizer)
     others = [_parameters(one) for one in held]
