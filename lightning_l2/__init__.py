@@ -6,11 +6,11 @@ from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.norm_plots import NormPlots
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
-from lightning_l2.decay_rule import DecayRule
 from lightning_l2.mixin import WeightDecayMixin
 from lightning_l2.param_groups.decay_groups import weight_decay_in_force
-from lightning_l2.rules import assign_rules, decay_param_groups
-from lightning_l2.search import search_weight_decay
+from lightning_l2.rules.assign import assign_rules, decay_param_groups
+from lightning_l2.rules.rule import DecayRule
+from lightning_l2.search.search import search_weight_decay
 
 __all__ = [
     "DecayRule",

@@ -13,7 +13,7 @@ from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 from torchmetrics.aggregation import BaseAggregator
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from lightning_l2.norms import squared_norms
+from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.sharding import flat_shards, is_flat_piece

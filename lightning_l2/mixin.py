@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.callbacks.weight_decay import WeightDecay
-from lightning_l2.norms import squared_norms
-from lightning_l2.rules import decay_param_groups, resolve_rules, rules_by_parameter
+from lightning_l2.norms.squared import squared_norms
+from lightning_l2.rules.assign import decay_param_groups, resolve_rules, rules_by_parameter
 from lightning_l2.sharding import flat_shards
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor, nn
 
-    from lightning_l2.convert import Conversion
-    from lightning_l2.rules import Rules
+    from lightning_l2.convert.conversion import Conversion
+    from lightning_l2.rules.assign import Rules
 
     LightningModule = pl.LightningModule
 else:
@@ -110,23 +110,22 @@ class WeightDecayMixin(LightningModule):
     already. Write it before the LightningModule: `class Net(WeightDecayMixin, LightningModule)`.
 
     Attributes:
-        decay_rules: a preset's name, or rules in order. None attaches no callback.
-        weight_decay: base weight decay, as of torch optimizers, or what it follows from. None keeps what the optimizer
+        decay_rules: A preset's name, or rules in order. None attaches no callback.
+        weight_decay: Base weight decay, as of torch optimizers, or what it follows from. None keeps what the optimizer
             has.
 
     Raises:
         TypeError: When a class is made that has the mixin after LightningModule, where it would do nothing.
 
-    Example:
-        >>> from lightning.pytorch import LightningModule
-        >>> from torch import nn
-        >>> class Net(WeightDecayMixin, LightningModule):
-        ...     weight_decay = 0.1
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.head = nn.Linear(2, 1)
-        >>> [(group["name"], group["weight_decay"]) for group in Net().decay_param_groups()]
-        [('decay', 0.1), ('no_decay', 0.0)]
+    >>> from lightning.pytorch import LightningModule
+    >>> from torch import nn
+    >>> class Net(WeightDecayMixin, LightningModule):
+    ...     weight_decay = 0.1
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.head = nn.Linear(2, 1)
+    >>> [(group["name"], group["weight_decay"]) for group in Net().decay_param_groups()]
+    [('decay', 0.1), ('no_decay', 0.0)]
     """
 
     decay_rules: Rules | None = "default"
@@ -167,8 +166,8 @@ class WeightDecayMixin(LightningModule):
         """Return parameter groups for an optimizer that `configure_optimizers` makes by hand.
 
         Args:
-            weight_decay: base weight decay; by default the attribute of that name.
-            parameters: those to group, for one of several optimizers; by default all that are trainable.
+            weight_decay: Base weight decay; by default the attribute of that name.
+            parameters: Those to group, for one of several optimizers; by default all that are trainable.
 
         Raises:
             ValueError: If there is no base weight decay.
@@ -186,7 +185,7 @@ class WeightDecayMixin(LightningModule):
         return groups
 
     def l2_norm(self) -> Tensor:
-        r"""Return the L2 norm of all trainable parameters, \(\|w\|_2\).
+        r"""Return the L2 norm of all trainable parameters, $\|w\|_2$.
 
         Returns:
             Shape `()`, without a gradient. With sharded parameters call it in all processes.
@@ -194,10 +193,10 @@ class WeightDecayMixin(LightningModule):
         return self._squares([parameter for parameter in self.parameters() if parameter.requires_grad]).sum().sqrt()
 
     def l2_penalty(self, weight_decay: float | None = None) -> Tensor:
-        r"""Return the L2 penalty, \(\sum_g \frac{\lambda_g}{2} \|w_g\|_2^2\), with the base weight decay of the rules.
+        r"""Return the L2 penalty, $\sum_g \frac{\lambda_g}{2} \|w_g\|_2^2$, with the base weight decay of the rules.
 
         Args:
-            weight_decay: base weight decay; by default the attribute of that name.
+            weight_decay: Base weight decay; by default the attribute of that name.
 
         Returns:
             Shape `()`, without a gradient: `L2Penalty` adds it to the loss. With sharded parameters call it in all

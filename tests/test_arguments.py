@@ -19,12 +19,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_l2
-from lightning_l2 import adaptive, bounds, convert, schedules
-from lightning_l2.alarms import NormAlarms
+from lightning_l2 import adaptive, convert, schedules
 from lightning_l2.arguments import check_types
 from lightning_l2.cli.project import SearchOptions
+from lightning_l2.constraints import bounds
+from lightning_l2.monitor import NormAlarms
 from lightning_l2.search.plan import Range, SearchPlan
-from tests.test_schedules import CLOSED_FORMS
+from tests.schedules.test_schedules import CLOSED_FORMS
 
 LINEAR = schedules.LinearSchedule(1.0, 2.0)
 # Everything that a user builds, with arguments, at least those that it can't do without.

@@ -1,93 +1,135 @@
-"""The architecture is a test: imports run downwards only."""
+"""The architecture is a test: what stands where, and who may import whom."""
 
 import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+import lightning_l2
 
-PACKAGE = Path(__file__).parent.parent / "lightning_l2"
-TORCH_FREE = {"arguments", "schedules", "convert"}
-OPTIONAL = {"matplotlib", "optuna", "rich", "jsonargparse", "tensorboard", "yaml", "pandas", "sklearn"}
-BENEATH_CALLBACKS = {"trainer_access", "training_length", "constraints_in_force"}
-LIGHTNING = {"callbacks", "mixin", "__main__", "__init__"}
+PACKAGE = Path(lightning_l2.__file__).parent
+TESTS = Path(__file__).parent
+# from the top downwards: each imports only what stands behind it
+FLOORS = [
+    *("__main__", "__init__", "mixin", "callbacks", "cli", "search", "monitor", "decay", "adaptive", "metrics"),
+    *("constraints", "param_groups", "plots", "trainer", "schedules", "rules", "norms", "convert", "optimizers"),
+    *("sharding", "arguments", "extras"),
+]
+MATHEMATICS = {"arguments", "schedules", "convert"}  # plain numbers: no torch
+KNOW_LIGHTNING = {"__init__", "__main__", "mixin", "callbacks", "cli", "search", "trainer"}
+LAZY = "matplotlib optuna rich jsonargparse tensorboard yaml pandas sklearn"
+STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
+    "adaptive.adamc",
+    "adaptive.alpha_decay",
+    "adaptive.auto_l2",
+    "adaptive.awd",
+    "adaptive.selection",
+    "adaptive.swd",
+    "cli.parser",
+    "cli.project",
+    "constraints.in_force",
+    "constraints.vectors",
+    "convert.conversion",
+    "convert.formulas",
+    "convert.radius",
+    "decay.arithmetic",
+    "decay.penalty",
+    "decay.ways",
+    "extras",
+    "monitor.options",
+    "monitor.quantities",
+    "monitor.report",
+    "monitor.tracker",
+    "norms.inner_products",
+    "norms.layout",
+    "plots.curves",
+    "plots.heatmap",
+    "plots.histograms",
+    "plots.history",
+    "plots.preview",
+    "plots.schedule",
+    "plots.style",
+    "schedules.base",
+    "schedules.composed",
+    "schedules.cycles",
+    "schedules.feedback",
+    "schedules.shapes",
+    "search.progress",
+    "search.sampling",
+    "search.search",
+    "search.storage",
+    "search.trials",
+    "sharding",
+    "trainer.clock",
+    "trainer.logging",
+    "trainer.optimizers",
+}
 
 
-def modules() -> dict[str, Path]:
-    return {str(path.relative_to(PACKAGE).with_suffix("")): path for path in sorted(PACKAGE.rglob("*.py"))}
+def modules() -> dict[str, ast.Module]:
+    """Return what the package's files say, by name: `rules.assign`, `rules.__init__`, `metrics`."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
-def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Return what a file imports, type-checking imports aside: they don't run."""
-    tree = ast.parse(path.read_text())
+def imports(tree: ast.Module, *, types: bool = True, top_level_only: bool = False) -> Iterator[str]:
+    """Yield what a file imports; `from a import b` gives `a.b`. Imports for types don't run."""
     skipped = {
         id(node)
         for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(ast.Module(block.body, []))
+        if not types and isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
     }
-    names: set[str] = set()
     for node in tree.body if top_level_only else ast.walk(tree):
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {node.module or ""}
-    return names
+            assert node.level == 0, f"relative import of {node.module}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def is_lightning(name: str) -> bool:
-    return name.split(".")[0] in {"lightning", "pytorch_lightning"}
+def ours(tree: ast.Module, known: dict[str, ast.Module], **options: bool) -> set[str]:
+    """Return the modules of the package that a file imports; a wing as a whole is its `__init__`."""
+    found = set()
+    for name in imports(tree, **options):
+        if name.split(".")[0] != "lightning_l2":
+            continue
+        path = name.split(".")[1:]
+        candidates = (".".join([*path[:size], *end]) for size in (2, 1) for end in ((), ("__init__",)))
+        found.add(next((candidate for candidate in candidates if candidate in known), "__init__"))
+    return found
 
 
-def ours(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("lightning_l2.")}
+def floor(module: str) -> int:
+    return FLOORS.index(module.split(".")[0])
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if name.split("/")[0] in TORCH_FREE])
-def test_the_mathematics_needs_no_torch(module: str) -> None:
-    for name in imports(modules()[module]):
-        assert name.split(".")[0] not in {"torch", "lightning", "torchmetrics"}
-        if name.startswith("lightning_l2."):
-            assert name.split(".")[1] in TORCH_FREE
+def test_imports_run_downwards() -> None:
+    known = modules()
+    upwards = [
+        f"{module} -> {imported}"
+        for module, tree in known.items()
+        for imported in ours(tree, known)
+        if floor(imported) < floor(module)
+    ]
+    assert not upwards
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if name.split("/")[0] not in LIGHTNING])
-def test_only_the_last_block_knows_lightning(module: str) -> None:
-    path = modules()[module]
-    if module.split("/")[0] != "search":  # which drives Trainers, as its users do
-        assert not any(map(is_lightning, imports(path)))
-    assert not ours(path) & {"callbacks", "mixin", "__main__"}
-
-
-@pytest.mark.parametrize("module", [name for name in modules() if name.startswith("callbacks/")])
-def test_callbacks_do_not_know_each_other(module: str) -> None:
-    used = {name for name in imports(modules()[module]) if name.startswith("lightning_l2.callbacks.")}
-    assert not {name for name in used if name.split(".")[-1] not in BENEATH_CALLBACKS}
-
-
-@pytest.mark.parametrize("module", list(modules()))
-def test_extras_are_imported_where_used(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(modules()[module], top_level_only=True)} & OPTIONAL
-
-
-def test_imports_have_no_cycle() -> None:
-    graph = {
-        module: {
-            found
-            for name in imports(path)
-            for found in (name.removeprefix("lightning_l2.").replace(".", "/"),)
-            if found in modules()
-        }
-        for module, path in modules().items()
-    }
+def test_imports_have_no_circle() -> None:
+    known = modules()
+    graph = {module: ours(tree, known) - {module} for module, tree in known.items()}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, " -> ".join((*trail, module))
         if module not in done:
-            for found in graph[module]:
+            for found in sorted(graph[module]):
                 visit(found, (*trail, module))
             done.add(module)
 
@@ -95,16 +137,111 @@ def test_imports_have_no_cycle() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", list(modules()))
-def test_type_hints_of_dataclasses_can_be_read(module: str) -> None:
-    # Python 3.10 can't evaluate the annotation `_: KW_ONLY`, so neither our checks nor jsonargparse see any type
-    assert "KW_ONLY" not in modules()[module].read_text()
+def test_no_callback_knows_another() -> None:
+    known = modules()
+    callbacks = {name for name in known if name.startswith("callbacks.")} - {"callbacks.__init__"}
+    assert len(callbacks) >= 6
+    assert not {
+        name: found for name in callbacks if (found := ours(known[name], known) & {*callbacks, "callbacks.__init__"})
+    }
+
+
+def test_the_top_is_seen_at_a_glance() -> None:
+    flat = [name for name in modules() if "." not in name and name != "__init__"]
+    assert len(flat) <= 8, flat
+    assert {name.split(".")[0] for name in modules()} == set(FLOORS)
+
+
+def test_faces_hand_on_what_they_say() -> None:
+    for face in sorted({name.split(".")[0] for name in modules() if "." in name}):
+        wing = importlib.import_module(f"lightning_l2.{face}")
+        assert wing.__doc__, face
+        assert dir(wing) == sorted(wing.__all__), face
+        for name in wing.__all__:
+            origin = getattr(getattr(wing, name), "__module__", f"lightning_l2.{face}")
+            assert not origin.startswith("lightning_l2") or origin.startswith(f"lightning_l2.{face}"), (face, name)
+
+
+def test_modules_import_from_modules() -> None:
+    """Faces are for outsiders: a module that imports a face imports all that stands behind it."""
+    known = modules()
+    faces = {name for name in known if name.endswith(".__init__")}
+    through = {
+        f"{module} -> {face.removesuffix('.__init__')}"
+        for module, tree in known.items()
+        if module not in faces
+        for face in ours(tree, known) & faces
+    }
+    # these take what the user names of a face
+    assert through <= {"__main__ -> cli", "callbacks.norm_plots -> plots", "plots.preview -> schedules"}
+
+
+def test_optional_packages_are_imported_where_used() -> None:
+    faces = sorted({name.split(".")[0] for name in modules() if "." in name})
+    program = f"""
+import importlib, sys
+import lightning.pytorch, torchmetrics
+lazy = [name for name in {LAZY!r}.split() if name not in sys.modules]
+for name in ["lightning_l2", *(f"lightning_l2.{{face}}" for face in {faces})]:
+    module = importlib.import_module(name)
+    [getattr(module, name) for name in module.__all__]
+print(*[name for name in lazy if name in sys.modules])
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=PACKAGE.parent)
+    assert not found.stdout.split()
+
+
+def test_sharded_tensors_are_imported_where_there_are_any() -> None:
+    # it takes a second that most runs don't need
+    name = "torch.distributed.tensor"
+    at_once = {module: set(imports(tree, types=False, top_level_only=True)) for module, tree in modules().items()}
+    assert not {module for module, found in at_once.items() if any(one.startswith(name) for one in found)}
+
+
+def test_the_mathematics_needs_no_torch() -> None:
+    known = modules()
+    for module, tree in known.items():
+        if module.split(".")[0] in MATHEMATICS:
+            assert not {name.split(".")[0] for name in imports(tree)} & {"torch", "lightning", "torchmetrics"}, module
+            assert {name.split(".")[0] for name in ours(tree, known)} <= MATHEMATICS, module
+
+
+def test_lightning_is_known_where_it_must_be() -> None:
+    """Elsewhere only what users are told by is Lightning's own: the exception, and warnings of the first process."""
+    found = [
+        f"{module} -> {name}"
+        for module, tree in modules().items()
+        for name in imports(tree)
+        if module.split(".")[0] not in KNOW_LIGHTNING
+        if name.split(".")[0] in {"lightning", "pytorch_lightning", "lightning_fabric"}
+        if not name.endswith(("exceptions.MisconfigurationException", "rank_zero_warn"))
+    ]
+    # a picture of a YAML file needs to know which callbacks it names
+    assert set(found) <= {"plots.preview -> lightning.pytorch"}
 
 
 def test_private_names_of_lightning_are_in_one_place() -> None:
-    for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-                owner = ast.unparse(node.value)
-                if "trainer" in owner or "pl_module" in owner:
-                    assert module == "callbacks/trainer_access", f"{module}: {owner}.{node.attr}"
+    found = [
+        f"{module}: {ast.unparse(node)}"
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if "trainer" in ast.unparse(node.value) or "pl_module" in ast.unparse(node.value)
+    ]
+    assert found
+    assert not [use for use in found if not use.startswith("trainer.")]
+
+
+def test_type_hints_of_dataclasses_can_be_read() -> None:
+    # Python 3.10 can't evaluate the annotation `_: KW_ONLY`, so neither our checks nor jsonargparse see any type
+    assert not [path for path in PACKAGE.rglob("*.py") if "KW_ONLY" in path.read_text()]
+
+
+def test_each_module_has_a_test_of_its_name() -> None:
+    without = set()
+    for module in modules():
+        *wing, name = module.replace("__main__", "main").split(".")
+        if name != "__init__" and not TESTS.joinpath(*wing, f"test_{name}.py").exists():
+            without.add(module)
+    assert without == STILL_WITHOUT_TESTS_OF_THEIR_NAME

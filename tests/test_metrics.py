@@ -312,8 +312,8 @@ def test_plot(metric_class: Any, several: bool) -> None:
 
 
 def test_two_processes_that_hold_the_same_weights(tmp_path: Path) -> None:
-    worker = Path(__file__).parent / "metrics_process.py"
-    environment = {**os.environ, "PYTHONPATH": str(worker.parent.parent), "OMP_NUM_THREADS": "1"}
+    worker = Path(__file__).parent / "processes" / "replicated_metrics.py"
+    environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(worker), str(tmp_path)]
     subprocess.run(command, check=True, timeout=200, env=environment)
     for rank in (0, 1):

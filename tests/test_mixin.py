@@ -263,8 +263,8 @@ def test_checkpoints_are_shared_with_a_trainers_callback(first, tmp_path):
 
 
 def test_norm_and_penalty_of_a_sharded_module(tmp_path):
-    worker = Path(__file__).with_name("sharded_mixin.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])}
+    worker = Path(__file__).parent / "processes" / "sharded_mixin.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2])}
     subprocess.run(
         [sys.executable, "-W", "ignore", str(worker), str(tmp_path)], check=True, timeout=200, env=environment
     )

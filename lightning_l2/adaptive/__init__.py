@@ -4,10 +4,14 @@ Each class is a `FeedbackSchedule` for `WeightDecayScheduler` and multiplies the
 it reads, from which optimizers, and what it costs in transfers from an accelerator is in its docstring.
 """
 
-from lightning_l2.adaptive.alpha import AlphaDecay, hill_exponent
+from lightning_l2.adaptive.adamc import CorrectedDecay
+from lightning_l2.adaptive.alpha_decay import AlphaDecay, hill_exponent
 from lightning_l2.adaptive.auto_l2 import AutoL2Decay
-from lightning_l2.adaptive.corrected import CorrectedDecay
-from lightning_l2.adaptive.gradient_norm import AdaptiveDecay
-from lightning_l2.adaptive.stable import StableDecay
+from lightning_l2.adaptive.awd import AdaptiveDecay
+from lightning_l2.adaptive.swd import StableDecay
 
 __all__ = ["AdaptiveDecay", "AlphaDecay", "AutoL2Decay", "CorrectedDecay", "StableDecay", "hill_exponent"]
+
+
+def __dir__() -> list[str]:
+    return __all__

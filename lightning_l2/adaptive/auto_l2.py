@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
 from lightning_l2.arguments import check_types
-from lightning_l2.schedules import FeedbackSchedule, OptimizerLike
-from lightning_l2.schedules.feedback import read_metric
-from lightning_l2.schedules.schedule import check_multipliers
+from lightning_l2.schedules.base import check_multipliers
+from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike, read_metric
 
 
 @final
@@ -27,24 +26,23 @@ class AutoL2Decay(FeedbackSchedule):
     only, so it works with every optimizer, without a transfer.
 
     Args:
-        monitor: name of the logged training loss
-        error: name of the logged training error (share of wrong answers), or None
-        factor: what the multiplier is multiplied with, dimensionless, above 0 and below 1
-        patience: observations in a row that have to be above the smallest value, at least 1
-        refractory: observations without another change after a change, at a multiplier of 1; at least 0
-        min_multiplier: smallest multiplier, dimensionless, at least 0
+        monitor: Name of the logged training loss.
+        error: Name of the logged training error (share of wrong answers), or None.
+        factor: What the multiplier is multiplied with, dimensionless, above 0 and below 1.
+        patience: Observations in a row that have to be above the smallest value, at least 1.
+        refractory: Observations without another change after a change, at a multiplier of 1; at least 0.
+        min_multiplier: Smallest multiplier, dimensionless, at least 0.
 
     Raises:
         ValueError: If an argument is out of its range; if a metric was not logged.
 
-    Example:
-        >>> schedule, state = AutoL2Decay("train_loss", refractory=0), {}
-        >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
-        >>> [schedule.multipliers(optimizer, {"train_loss": loss}, state)[0] for loss in (2.0, 1.0, 1.5, 1.4, 0.9)]
-        [1.0, 1.0, 1.0, 0.1, 0.1]
-
     Source: Lewkowycz and Gur-Ari, "On the training dynamics of deep networks with L2 regularization",
     arXiv 2006.08643, 2020.
+
+    >>> schedule, state = AutoL2Decay("train_loss", refractory=0), {}
+    >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
+    >>> [schedule.multipliers(optimizer, {"train_loss": loss}, state)[0] for loss in (2.0, 1.0, 1.5, 1.4, 0.9)]
+    [1.0, 1.0, 1.0, 0.1, 0.1]
     """
 
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "metric"

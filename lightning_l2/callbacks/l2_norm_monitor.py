@@ -8,22 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_l2.alarms import Alarm, NormAlarms
 from lightning_l2.arguments import check_types
-from lightning_l2.callbacks.trainer_access import (
-    Callback,
-    ends_step,
-    log_metrics,
-    log_step,
-    logging_interval,
-    optimizers_in_use,
-    splits_early,
-    tell_of_gradients,
-)
-from lightning_l2.histograms import log_histogram, takes_histograms
-from lightning_l2.norm_options import NormOptions
-from lightning_l2.norm_tracker import NormTracker
-from lightning_l2.watching import Per
+from lightning_l2.monitor.alarms import Alarm, NormAlarms
+from lightning_l2.monitor.histograms import log_histogram, takes_histograms
+from lightning_l2.monitor.layers import Per
+from lightning_l2.monitor.options import NormOptions
+from lightning_l2.monitor.tracker import NormTracker
+from lightning_l2.trainer.callback import Callback
+from lightning_l2.trainer.clock import ends_step
+from lightning_l2.trainer.logging import log_metrics, log_step, logging_interval
+from lightning_l2.trainer.optimizers import optimizers_in_use, splits_early, tell_of_gradients
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -81,7 +75,7 @@ class L2NormMonitor(Callback):
         initial_ratio: Log norms relative to those at the start of training, which are kept in checkpoints.
         spectra: Log singular values, except of complex weights, at every so many logged steps.
         histograms: Log histograms at every so many logged steps.
-        alarms: When to warn, a `lightning_l2.alarms.NormAlarms`; by default about norms that are not finite. None for
+        alarms: When to warn, a `lightning_l2.monitor.NormAlarms`; by default about norms that are not finite. None for
             never.
 
     Raises:

@@ -10,26 +10,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2.arguments import check_types
-from lightning_l2.callbacks.trainer_access import (
-    Callback,
-    IdleWatch,
-    bare_optimizers,
-    ends_step,
-    is_first_batch_of_step,
-    is_logging_step,
-    log_metrics,
-    optimizers_in_use,
-    splits_early,
-    tell_of_gradients,
-)
-from lightning_l2.callbacks.training_length import training_setup
-from lightning_l2.convert import Conversion
+from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.penalty import L2Objective, Penalised
-from lightning_l2.decay_rule import check_weight_decay
 from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.parameters import is_undecided
-from lightning_l2.rules import DecayRule, assign_rules, resolve_rules, rules_by_parameter
+from lightning_l2.rules.assign import assign_rules, resolve_rules, rules_by_parameter
+from lightning_l2.rules.parameters import is_undecided
+from lightning_l2.rules.rule import DecayRule, check_weight_decay
 from lightning_l2.sharding import flat_shards
+from lightning_l2.trainer.callback import Callback, IdleWatch
+from lightning_l2.trainer.clock import ends_step, is_first_batch_of_step
+from lightning_l2.trainer.length import training_setup
+from lightning_l2.trainer.logging import is_logging_step, log_metrics
+from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -10,23 +10,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.arguments import check_types
-from lightning_l2.bounds import Bound, FixedBound
-from lightning_l2.callbacks.constraints_in_force import ConstraintsInForce, names_of_constrained
-from lightning_l2.callbacks.trainer_access import (
-    Callback,
-    IdleWatch,
-    bare_optimizers,
-    ends_step,
-    is_logging_step,
-    log_metrics,
-    optimizers_in_use,
-    splits_early,
-)
-from lightning_l2.constraint_hooks import AttachedConstraint
-from lightning_l2.constraints import AugmentedLagrangian, Projection
-from lightning_l2.parameters import is_undecided
-from lightning_l2.rules import DecayRule, assign_rules, resolve_rules
+from lightning_l2.constraints.attach import AttachedConstraint
+from lightning_l2.constraints.bounds import Bound, FixedBound
+from lightning_l2.constraints.in_force import ConstraintsInForce, names_of_constrained
+from lightning_l2.constraints.methods import AugmentedLagrangian, Projection
+from lightning_l2.rules.assign import assign_rules, resolve_rules
+from lightning_l2.rules.parameters import is_undecided
+from lightning_l2.rules.rule import DecayRule
 from lightning_l2.sharding import flat_shards
+from lightning_l2.trainer.callback import Callback, IdleWatch
+from lightning_l2.trainer.clock import ends_step
+from lightning_l2.trainer.logging import is_logging_step, log_metrics
+from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -61,7 +56,7 @@ class NormConstraint(Callback):
     ModelCheckpoint can monitor them.
 
     Args:
-        bound: Largest L2 norm, in the unit of the weights, or where it comes from: one of `lightning_l2.bounds`.
+        bound: Largest L2 norm, in the unit of the weights, or where it comes from: one of `lightning_l2.constraints`.
         method: `"projection"` or `"lagrangian"`.
         per: What has a norm: each `"parameter"`; each output `"row"` of a parameter (an index of its dimension 0), as
             in max-norm regularization; or a parameter `"group"` of the optimizer as one vector.
@@ -83,7 +78,7 @@ class NormConstraint(Callback):
     2311.09058, 2024, whose kappa is $b^2 / 2$ here.
 
     >>> max_norm = NormConstraint(3.0, per="row")
-    >>> from lightning_l2.bounds import InflectionBound
+    >>> from lightning_l2.constraints import InflectionBound
     >>> cpr = NormConstraint(InflectionBound(), method="lagrangian")
     """
 

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2 import plots
 from lightning_l2.arguments import check_types
-from lightning_l2.callbacks.trainer_access import Callback
-from lightning_l2.parameters import clean_name
+from lightning_l2.rules.parameters import clean_name
+from lightning_l2.trainer.callback import Callback
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

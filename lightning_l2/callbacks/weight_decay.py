@@ -10,26 +10,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2.arguments import check_types
-from lightning_l2.callbacks.trainer_access import (
-    Callback,
-    IdleWatch,
+from lightning_l2.convert.conversion import Conversion
+from lightning_l2.decay.attach import Apply, check_options
+from lightning_l2.decay.by_rules import RuleDecay
+from lightning_l2.decay.early import EarlySplit
+from lightning_l2.param_groups.resume import OnResume, Resuming
+from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
+from lightning_l2.rules.assign import decayed_exemptions, resolve_rules
+from lightning_l2.rules.parameters import is_undecided
+from lightning_l2.rules.rule import DecayRule, check_weight_decay
+from lightning_l2.trainer.callback import Callback, IdleWatch, check_alone
+from lightning_l2.trainer.length import training_setup
+from lightning_l2.trainer.optimizers import (
     bare_optimizers,
-    check_alone,
     on_optimizers_configured,
     optimizers_in_use,
     splits_early,
     tell_of_gradients,
 )
-from lightning_l2.callbacks.training_length import training_setup
-from lightning_l2.convert import Conversion
-from lightning_l2.decay.attach import Apply, check_options
-from lightning_l2.decay.by_rules import RuleDecay
-from lightning_l2.decay.early import EarlySplit
-from lightning_l2.decay_rule import check_weight_decay
-from lightning_l2.param_groups.resume import OnResume, Resuming
-from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
-from lightning_l2.parameters import is_undecided
-from lightning_l2.rules import DecayRule, decayed_exemptions, resolve_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -135,7 +133,7 @@ class WeightDecay(Callback):
             self._check_early()
             return
         optimizers = optimizers_in_use(trainer)
-        self._resuming.take_down(optimizers)
+        self._resuming.take_down(bare_optimizers(trainer))
         if not optimizers:
             raise MisconfigurationException(
                 "WeightDecay needs an optimizer, and `configure_optimizers` returned none. "
@@ -160,6 +158,7 @@ class WeightDecay(Callback):
             before_clipping=self.before_clipping,
             peak_lr=self.peak_lr,
             resuming=self._resuming,
+            users=bare_optimizers(trainer),
             root=trainer.model,
             look=partial(self._follow, trainer),
         )

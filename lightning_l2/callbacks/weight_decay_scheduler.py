@@ -11,20 +11,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_l2.arguments import check_types
-from lightning_l2.callbacks.trainer_access import (
-    Callback,
-    bare_optimizer,
-    check_alone,
-    optimizers_in_use,
-    splits_early,
-    step_index,
-    tell_of_gradients,
-    unscale,
-)
-from lightning_l2.callbacks.training_length import total_epochs, total_steps
 from lightning_l2.decay.scheduled import ScheduledDecay
 from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.schedules import FeedbackSchedule, Schedule
+from lightning_l2.schedules.base import Schedule
+from lightning_l2.schedules.feedback import FeedbackSchedule
+from lightning_l2.trainer.callback import Callback, check_alone
+from lightning_l2.trainer.clock import step_index
+from lightning_l2.trainer.length import total_epochs, total_steps
+from lightning_l2.trainer.optimizers import bare_optimizer, optimizers_in_use, splits_early, tell_of_gradients, unscale
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -20,3 +20,7 @@ def preview_command(arguments: Sequence[str]) -> int:
 
 
 __all__ = ["preview_command", "search_command"]
+
+
+def __dir__() -> list[str]:
+    return __all__

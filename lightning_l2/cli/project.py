@@ -11,11 +11,11 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from lightning_l2 import DecayRule
 from lightning_l2.cli.parser import Parsed, explain, import_class, is_a, search_cli
-from lightning_l2.search import Range, SearchPlan, Trial, TrialRun
+from lightning_l2.rules.rule import DecayRule
+from lightning_l2.search.plan import Range, SearchPlan
 from lightning_l2.search.training import train
-from lightning_l2.search.trials import Outcome
+from lightning_l2.search.trials import Outcome, Trial, TrialRun
 
 # Callbacks by the names of their classes, the first that is there first.
 TAKE_LAMBDA = ("WeightDecay", "L2Penalty")

@@ -17,7 +17,8 @@ from lightning_l2.cli.project import Project
 from lightning_l2.search.distributed import is_first_rank, search_on_all_ranks
 
 if TYPE_CHECKING:
-    from lightning_l2.search import SearchResult, Trial
+    from lightning_l2.search.result import SearchResult
+    from lightning_l2.search.trials import Trial
 
 DESCRIPTION = """\
 Choose lambda: train with several values of weight decay and compare them on the validation data, paired by seed. The

@@ -33,3 +33,7 @@ __all__ = [
     "weight_decay_to_prior",
     "weight_decay_to_timescale",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -22,18 +22,17 @@ class TrainingSetup:
     """What a conversion may need to know of a training; None where it is unknown.
 
     Args:
-        lr: learning rate (its peak, where it has a schedule)
-        steps_per_epoch: optimizer steps in an epoch
-        epochs: length of the training in epochs
-        batch_size: samples in an optimizer step, over all devices and accumulated batches
-        samples: training samples in an epoch
+        lr: Learning rate (its peak, where it has a schedule).
+        steps_per_epoch: Optimizer steps in an epoch.
+        epochs: Length of the training in epochs.
+        batch_size: Samples in an optimizer step, over all devices and accumulated batches.
+        samples: Training samples in an epoch.
 
     Raises:
         ValueError: If a known value is not finite and above 0.
 
-    Example:
-        >>> TrainingSetup(lr=1e-3, steps_per_epoch=1000, epochs=10).samples is None
-        True
+    >>> TrainingSetup(lr=1e-3, steps_per_epoch=1000, epochs=10).samples is None
+    True
     """
 
     lr: float
@@ -50,14 +49,13 @@ class TrainingSetup:
 class Conversion(ABC):
     """Become a weight decay once the training is known. Derive a frozen dataclass and define `__call__`.
 
-    Example:
-        >>> @dataclass(frozen=True)
-        ... class PerStep(Conversion):
-        ...     share: float  # of the weights that a step takes
-        ...     def __call__(self, setup):
-        ...         return self.share / setup.lr
-        >>> PerStep(1e-4)(TrainingSetup(lr=1e-3))
-        0.1
+    >>> @dataclass(frozen=True)
+    ... class PerStep(Conversion):
+    ...     share: float  # of the weights that a step takes
+    ...     def __call__(self, setup):
+    ...         return self.share / setup.lr
+    >>> PerStep(1e-4)(TrainingSetup(lr=1e-3))
+    0.1
     """
 
     @abstractmethod
@@ -75,18 +73,17 @@ class Timescale(Conversion):
     """Average the updates over so many epochs: `weight_decay = 1 / (lr * epochs * steps_per_epoch)`.
 
     Args:
-        epochs: timescale of the moving average that decoupled decay makes of the updates, in epochs, above 0; between
-            1 and the length of the training as a rule
+        epochs: Timescale of the moving average that decoupled decay makes of the updates, in epochs, above 0; between
+            1 and the length of the training as a rule.
 
     Raises:
         ValueError: If `epochs` is not finite and above 0; if the steps of an epoch are unknown.
 
-    Example:
-        >>> Timescale(epochs=4)(TrainingSetup(lr=1e-3, steps_per_epoch=1000))
-        0.25
-
     Source: Wang and Aitchison, "How to set AdamW's weight decay as you scale model and dataset size",
     arXiv 2405.13698, 2024.
+
+    >>> Timescale(epochs=4)(TrainingSetup(lr=1e-3, steps_per_epoch=1000))
+    0.25
     """
 
     epochs: float
@@ -109,17 +106,16 @@ class GaussianPrior(Conversion):
     For a loss that is the mean over the samples, and decay that is part of the objective (coupled, `L2Penalty`).
 
     Args:
-        sigma: standard deviation of the prior, in the weights' unit, above 0
-        samples: number of training samples, above 0; by default those of an epoch
+        sigma: Standard deviation of the prior, in the weights' unit, above 0.
+        samples: Number of training samples, above 0; by default those of an epoch.
 
     Raises:
         ValueError: If an argument is not finite and above 0; if the number of samples is unknown.
 
-    Example:
-        >>> GaussianPrior(sigma=0.1, samples=50_000)(TrainingSetup(lr=1e-3))
-        0.002
-
     Source: MacKay, "A Practical Bayesian Framework for Backpropagation Networks", Neural Computation 4, 1992.
+
+    >>> GaussianPrior(sigma=0.1, samples=50_000)(TrainingSetup(lr=1e-3))
+    0.002
     """
 
     sigma: float
@@ -144,17 +140,16 @@ class Normalised(Conversion):
     """Keep a value that suits any length: `weight_decay = normalised * sqrt(batch_size / (samples * epochs))`.
 
     Args:
-        weight_decay: normalised weight decay, that of a training with a single step, at least 0
+        weight_decay: Normalised weight decay, that of a training with a single step, at least 0.
 
     Raises:
         ValueError: If `weight_decay` is negative or not finite; if batch size, samples or epochs are unknown.
 
-    Example:
-        >>> setup = TrainingSetup(lr=1e-3, epochs=100, batch_size=100, samples=10_000)
-        >>> Normalised(weight_decay=0.5)(setup)
-        0.005
-
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101, appendix B.1, 2017.
+
+    >>> setup = TrainingSetup(lr=1e-3, epochs=100, batch_size=100, samples=10_000)
+    >>> Normalised(weight_decay=0.5)(setup)
+    0.005
     """
 
     weight_decay: float

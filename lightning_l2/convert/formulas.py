@@ -12,19 +12,18 @@ def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: floa
     `weight_decay = 1 / (lr * epochs * steps_per_epoch)`.
 
     Args:
-        epochs: timescale of the average, in epochs, above 0
-        lr: learning rate (its peak, where it has a schedule), above 0
-        steps_per_epoch: optimizer steps in an epoch, above 0
+        epochs: Timescale of the average, in epochs, above 0.
+        lr: Learning rate (its peak, where it has a schedule), above 0.
+        steps_per_epoch: Optimizer steps in an epoch, above 0.
 
     Raises:
         ValueError: If an argument is not finite and above 0.
 
-    Example:
-        >>> timescale_to_weight_decay(4, lr=1e-3, steps_per_epoch=1000)
-        0.25
-
     Source: Wang and Aitchison, "How to set AdamW's weight decay as you scale model and dataset size",
     arXiv 2405.13698, 2024.
+
+    >>> timescale_to_weight_decay(4, lr=1e-3, steps_per_epoch=1000)
+    0.25
     """
     check_positive(epochs=epochs, lr=lr, steps_per_epoch=steps_per_epoch)
     return 1.0 / (lr * epochs * steps_per_epoch)
@@ -35,9 +34,8 @@ def weight_decay_to_timescale(weight_decay: float, *, lr: float, steps_per_epoch
 
     The inverse of `timescale_to_weight_decay`, with the same units, errors and source.
 
-    Example:
-        >>> weight_decay_to_timescale(0.25, lr=1e-3, steps_per_epoch=1000)
-        4.0
+    >>> weight_decay_to_timescale(0.25, lr=1e-3, steps_per_epoch=1000)
+    4.0
     """
     check_positive(weight_decay=weight_decay, lr=lr, steps_per_epoch=steps_per_epoch)
     return 1.0 / (lr * weight_decay * steps_per_epoch)
@@ -50,17 +48,16 @@ def prior_to_weight_decay(sigma: float, *, samples: float) -> float:
     weight. Coupled decay and `L2Penalty` minimise that objective; decoupled decay with an adaptive optimizer doesn't.
 
     Args:
-        sigma: standard deviation of the prior, in the weights' unit, above 0
-        samples: number of training samples, above 0
+        sigma: Standard deviation of the prior, in the weights' unit, above 0.
+        samples: Number of training samples, above 0.
 
     Raises:
         ValueError: If an argument is not finite and above 0.
 
-    Example:
-        >>> prior_to_weight_decay(0.1, samples=50_000)
-        0.002
-
     Source: MacKay, "A Practical Bayesian Framework for Backpropagation Networks", Neural Computation 4, 1992.
+
+    >>> prior_to_weight_decay(0.1, samples=50_000)
+    0.002
     """
     check_positive(sigma=sigma, samples=samples)
     return 1.0 / (samples * sigma * sigma)
@@ -71,9 +68,8 @@ def weight_decay_to_prior(weight_decay: float, *, samples: float) -> float:
 
     The inverse of `prior_to_weight_decay`, with the same units, errors and source.
 
-    Example:
-        >>> round(weight_decay_to_prior(0.002, samples=50_000), 12)
-        0.1
+    >>> round(weight_decay_to_prior(0.002, samples=50_000), 12)
+    0.1
     """
     check_positive(weight_decay=weight_decay, samples=samples)
     return 1.0 / math.sqrt(samples * weight_decay)
@@ -85,19 +81,18 @@ def normalised_to_weight_decay(normalised: float, *, batch_size: float, samples:
     Normalised values stay about right when the length of the training changes.
 
     Args:
-        normalised: weight decay of a training with one step, at least 0
-        batch_size: samples in an optimizer step (over all devices and accumulated batches), above 0
-        samples: training samples in an epoch, above 0
-        epochs: length of the training in epochs, above 0
+        normalised: Weight decay of a training with one step, at least 0.
+        batch_size: Samples in an optimizer step (over all devices and accumulated batches), above 0.
+        samples: Training samples in an epoch, above 0.
+        epochs: Length of the training in epochs, above 0.
 
     Raises:
         ValueError: If an argument is not finite or below its bound.
 
-    Example:
-        >>> normalised_to_weight_decay(0.5, batch_size=100, samples=10_000, epochs=100)
-        0.005
-
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101, appendix B.1, 2017.
+
+    >>> normalised_to_weight_decay(0.5, batch_size=100, samples=10_000, epochs=100)
+    0.005
     """
     check_not_negative(normalised=normalised)
     check_positive(batch_size=batch_size, samples=samples, epochs=epochs)
@@ -109,9 +104,8 @@ def weight_decay_to_normalised(weight_decay: float, *, batch_size: float, sample
 
     The inverse of `normalised_to_weight_decay`, with the same units, errors and source.
 
-    Example:
-        >>> weight_decay_to_normalised(0.005, batch_size=100, samples=10_000, epochs=100)
-        0.5
+    >>> weight_decay_to_normalised(0.005, batch_size=100, samples=10_000, epochs=100)
+    0.5
     """
     check_not_negative(weight_decay=weight_decay)
     check_positive(batch_size=batch_size, samples=samples, epochs=epochs)

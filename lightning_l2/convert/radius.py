@@ -16,9 +16,9 @@ def ridge_radius(weight_decay: float, *, curvatures: Sequence[float], optimum: S
     `min J(w) subject to ||w|| <= radius` has the same solution. Exact for linear regression, for nothing else.
 
     Args:
-        weight_decay: at least 0
-        curvatures: eigenvalues `h_i` of the Hessian `H`, at least 0
-        optimum: coordinates `w*_i` of the minimum without weight decay along the eigenvectors, in the weights' unit
+        weight_decay: At least 0.
+        curvatures: Eigenvalues `h_i` of the Hessian `H`, at least 0.
+        optimum: Coordinates `w*_i` of the minimum without weight decay along the eigenvectors, in the weights' unit.
 
     Returns:
         The radius `||w||`, in the weights' unit; a bound on `||w||^2` is its square.
@@ -26,9 +26,8 @@ def ridge_radius(weight_decay: float, *, curvatures: Sequence[float], optimum: S
     Raises:
         ValueError: If a curvature or weight decay is negative or not finite, or the lengths differ.
 
-    Example:
-        >>> ridge_radius(1.0, curvatures=[1.0, 3.0], optimum=[6.0, 16 / 3])
-        5.0
+    >>> ridge_radius(1.0, curvatures=[1.0, 3.0], optimum=[6.0, 16 / 3])
+    5.0
     """
     check_not_negative(weight_decay=weight_decay)
     if len(curvatures) != len(optimum):
@@ -48,8 +47,8 @@ def prior_to_radius(sigma: float, *, parameters: float) -> float:
     With many weights nearly all of the prior lies at this radius.
 
     Args:
-        sigma: standard deviation of each weight, in the weights' unit, above 0
-        parameters: number of weights, above 0
+        sigma: Standard deviation of each weight, in the weights' unit, above 0.
+        parameters: Number of weights, above 0.
 
     Returns:
         The radius `||w||`, in the weights' unit; a bound on `||w||^2` is its square.
@@ -57,9 +56,8 @@ def prior_to_radius(sigma: float, *, parameters: float) -> float:
     Raises:
         ValueError: If an argument is not finite and above 0.
 
-    Example:
-        >>> prior_to_radius(0.02, parameters=10_000)
-        2.0
+    >>> prior_to_radius(0.02, parameters=10_000)
+    2.0
     """
     check_positive(sigma=sigma, parameters=parameters)
     return sigma * math.sqrt(parameters)
@@ -72,9 +70,9 @@ def heuristic_equilibrium_radius(weight_decay: float, *, lr: float, parameters: 
     some `1 / (lr * weight_decay)` steps. Meant for layers that a normalisation layer follows.
 
     Args:
-        weight_decay: decoupled weight decay, above 0
-        lr: learning rate, above 0
-        parameters: number of weights in the layer, above 0
+        weight_decay: Decoupled weight decay, above 0.
+        lr: Learning rate, above 0.
+        parameters: Number of weights in the layer, above 0.
 
     Returns:
         The radius `||w||`, in the weights' unit; a bound on `||w||^2` is its square.
@@ -82,12 +80,11 @@ def heuristic_equilibrium_radius(weight_decay: float, *, lr: float, parameters: 
     Raises:
         ValueError: If an argument is not finite and above 0.
 
-    Example:
-        >>> heuristic_equilibrium_radius(0.1, lr=1e-3, parameters=20_000)
-        10.0
-
     Source: Kosson, Messmer and Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural
     Networks", arXiv 2305.17212, 2023.
+
+    >>> heuristic_equilibrium_radius(0.1, lr=1e-3, parameters=20_000)
+    10.0
     """
     check_positive(weight_decay=weight_decay, lr=lr, parameters=parameters)
     return math.sqrt(lr * parameters / (2.0 * weight_decay))

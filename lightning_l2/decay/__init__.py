@@ -6,3 +6,7 @@ from lightning_l2.decay.penalty import L2Objective, Penalised
 from lightning_l2.decay.scheduled import ScheduledDecay
 
 __all__ = ["Apply", "L2Objective", "Penalised", "RuleDecay", "ScheduledDecay", "attach_decay"]
+
+
+def __dir__() -> list[str]:
+    return __all__

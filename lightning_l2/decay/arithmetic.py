@@ -21,12 +21,11 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -
         params: Parameters w, sharded ones too; a sparse gradient gets lambda w in the rows it has, once each.
         weight_decay: Lambda, dimensionless; a tensor of one element is not read on the host.
 
-    Example:
-        >>> w = torch.nn.Parameter(torch.ones(2))
-        >>> w.grad = torch.zeros(2)
-        >>> add_decay_gradient([w], 0.1)
-        >>> w.grad
-        tensor([0.1000, 0.1000])
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> w.grad = torch.zeros(2)
+    >>> add_decay_gradient([w], 0.1)
+    >>> w.grad
+    tensor([0.1000, 0.1000])
     """
     params = with_gradient(params)
     if is_zero(weight_decay) or not params:

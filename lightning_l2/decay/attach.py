@@ -77,15 +77,14 @@ def attach_decay(
         TypeError: If the optimizer has no step hooks.
         RuntimeError: If a decay is attached already.
 
-    Example:
-        >>> import torch
-        >>> w = torch.nn.Parameter(torch.ones(2))
-        >>> w.grad = torch.zeros(2)
-        >>> optimizer = torch.optim.SGD([w], lr=0.1, weight_decay=0.5)
-        >>> handle = attach_decay(optimizer, "independent")
-        >>> optimizer.step()
-        >>> w.detach(), optimizer.param_groups[0]["weight_decay"]
-        (tensor([0.5000, 0.5000]), 0.5)
+    >>> import torch
+    >>> w = torch.nn.Parameter(torch.ones(2))
+    >>> w.grad = torch.zeros(2)
+    >>> optimizer = torch.optim.SGD([w], lr=0.1, weight_decay=0.5)
+    >>> handle = attach_decay(optimizer, "independent")
+    >>> optimizer.step()
+    >>> w.detach(), optimizer.param_groups[0]["weight_decay"]
+    (tensor([0.5000, 0.5000]), 0.5)
     """
     check_options(apply, before_clipping, peak_lr)
     if decay_groups(optimizer).has_way:

@@ -15,7 +15,7 @@ from lightning_l2.param_groups.bases import RuleBases
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.param_groups.resume import Resuming
 from lightning_l2.param_groups.summary import GroupSummary, summarize
-from lightning_l2.parameters import is_undecided
+from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_l2.decay.ways import OptimizersOwn, PeakLR, Way
-    from lightning_l2.rules import Rules
+    from lightning_l2.rules.assign import Rules
 
 
 class RuleDecay:
@@ -41,6 +41,7 @@ class RuleDecay:
         before_clipping: As of `attach_decay`.
         peak_lr: As of `attach_decay`.
         resuming: Knows what a checkpoint says.
+        users: The user's optimizers, which may wrap these.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
         look: As of `Attachments`.
 
@@ -69,6 +70,7 @@ class RuleDecay:
         before_clipping: bool = False,
         peak_lr: PeakLR = None,
         resuming: Resuming | None = None,
+        users: Sequence[Optimizer] | None = None,
         root: nn.Module | None = None,
         look: Callable[[], Any] | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class RuleDecay:
         self._attached: Attachments[OptimizersOwn | Way] = Attachments(self._begin, look)
         self.optimizers: list[Optimizer] = []
         self._groups: list[DecayGroups] = []
+        self._users = optimizers if users is None else users
         self._resuming.take_over(optimizers)
         self.decide()
         self.follow(optimizers)
@@ -124,7 +127,7 @@ class RuleDecay:
 
     def summary(self) -> list[GroupSummary]:
         """Describe the groups, in all optimizers."""
-        return summarize(group for one in decay_groups_of(self.optimizers) for group in one.groups)
+        return summarize(group for one in self._whole() for group in one.groups)
 
     def weight_decay(self) -> dict[str, float]:
         """Return the base lambda of each parameter that a rule decided on, by name.
@@ -133,11 +136,22 @@ class RuleDecay:
         """
         return {
             decision.key: float(group.base)
-            for optimizer in self.optimizers
-            for group in decay_groups(optimizer).unnamed()
+            for one in self._whole()
+            for group in one.unnamed()
             for decision in group.decisions
             if decision.rule is not None
         }
+
+    def _whole(self) -> list[DecayGroups]:
+        """Return the groups of all parameters, where each process updates a share of them, as ZeRO does."""
+        mine = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        users = [user for user in self._users if any(user is not one for one in self.optimizers)]
+        if all(id(p) in mine for user in users for group in user.param_groups for p in group["params"]):
+            return decay_groups_of(self.optimizers)
+        found = decay_groups_of(self._users)
+        for one in found:
+            one.decide(self._bases, self._resuming.configured(one.optimizer, self._users))
+        return found
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Return what the optimizers have made different within one of the user's groups, by the part's name.
@@ -155,7 +169,7 @@ class RuleDecay:
 
     def remove(self) -> None:
         """Leave the optimizers alone."""
-        for optimizer in self.optimizers:
+        for optimizer in (*self.optimizers, *self._users):
             decay_groups(optimizer).decide(None)
         self._attached.remove()
         self.optimizers = []
@@ -168,7 +182,7 @@ class RuleDecay:
     def _decide(self, number: int, optimizer: Optimizer) -> None:
         self._check_takes_decay(optimizer)
         self._check_owner(optimizer)
-        decay_groups(optimizer).decide(self._bases, self._resuming.configured(number, optimizer))
+        decay_groups(optimizer).decide(self._bases, self._resuming.configured(optimizer, self._users))
         check_groups(optimizer, self._apply, self._peak_lr)
 
     def _check_takes_decay(self, optimizer: Optimizer) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_l2.param_groups.resume import Resuming
-    from lightning_l2.rules import Rules
+    from lightning_l2.rules.assign import Rules
 
 # What learning-rate schedulers keep one of for each parameter group: torch's, then timm's, then DeepSpeed's own.
 PER_GROUP = frozenset(

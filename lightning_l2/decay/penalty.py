@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_l2.decay.arithmetic import add_decay_gradient
-from lightning_l2.norms import squared_norms
+from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.facts import ascent_sign, reads_loss
 from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
@@ -35,7 +35,7 @@ class Penalised(NamedTuple):
 
 
 class L2Objective:
-    r"""The term \(\frac{\lambda}{2} \lVert w \rVert_2^2\), summed over parameters, of what optimizers minimise.
+    r"""The term $\frac{\lambda}{2} \lVert w \rVert_2^2$, summed over parameters, of what optimizers minimise.
 
     The gradient joins that of the data before clipping where somebody tells that it is complete
     (`gradients_are_complete`), and right before the update otherwise. An optimizer that looks at the loss, as a line

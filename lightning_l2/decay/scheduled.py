@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
-from lightning_l2.schedules import FeedbackSchedule, Schedule
+from lightning_l2.schedules.base import Schedule
+from lightning_l2.schedules.feedback import FeedbackSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -20,10 +20,11 @@ from lightning_l2.decay.arithmetic import (
     with_gradient,
     write,
 )
-from lightning_l2.norms import squared_norms
+from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.facts import ascent_sign, reads_loss, torch_class
 from lightning_l2.optimizers.step_hook import StepHook, Turn
-from lightning_l2.param_groups.decay_groups import DecayGroup, decay_groups
+from lightning_l2.param_groups.decay_groups import decay_groups
+from lightning_l2.param_groups.parts import DecayGroup
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,3 +5,7 @@ from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.optimizers.step_hook import StepHook
 
 __all__ = ["StepHook", "own_way", "updating_optimizers"]
+
+
+def __dir__() -> list[str]:
+    return __all__

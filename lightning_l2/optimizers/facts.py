@@ -46,10 +46,9 @@ def own_way(optimizer: Optimizer) -> Way | None:
     Args:
         optimizer: A bare torch optimizer.
 
-    Example:
-        >>> import torch
-        >>> own_way(torch.optim.AdamW([torch.zeros(1)]))
-        'decoupled'
+    >>> import torch
+    >>> own_way(torch.optim.AdamW([torch.zeros(1)]))
+    'decoupled'
     """
     if is_schedule_free(optimizer):
         return "decoupled" if "weight_decay" in optimizer.defaults else None

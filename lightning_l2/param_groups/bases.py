@@ -8,15 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.param_groups.decay_groups import Decision
-from lightning_l2.parameters import is_undecided
-from lightning_l2.rules import DecayRule, resolve_rules, rules_by_parameter
+from lightning_l2.param_groups.parts import Decision
+from lightning_l2.rules.assign import resolve_rules, rules_by_parameter
+from lightning_l2.rules.parameters import is_undecided
+from lightning_l2.rules.rule import DecayRule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lightning_l2.param_groups.resume import Resuming
-    from lightning_l2.rules import Rules
+    from lightning_l2.rules.assign import Rules
 
 
 class RuleBases:

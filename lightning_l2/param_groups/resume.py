@@ -35,25 +35,37 @@ class Resuming:
         self.on_resume = on_resume
         self.has_restored = False
         self.restored: dict[str, float] | None = None
-        self._built_with: list[list[Any]] = []
+        # by the `id` of a parameter, the weight decay of the user's group that has it
+        self._built_with: dict[int, Any] = {}
         # by `id`, groups that have what a checkpoint says
         self._restored_groups: set[int] = set()
         self._differing: dict[str, tuple[float, float]] = {}
 
     def take_down(self, optimizers: Sequence[Any]) -> None:
-        """Remember which weight decay optimizers were built with, before their states are restored."""
-        self._built_with = [[group.get("weight_decay") for group in o.param_groups] for o in optimizers]
+        """Remember which weight decay the user's optimizers were built with, before their states are restored."""
+        self._built_with = _own_values(optimizers)
 
-    def configured(self, number: int, optimizer: Any) -> list[tuple[Any, Any]]:
-        """Return the weight decay that each of an optimizer's groups has, and the one that it was built with.
+    def configured(self, optimizer: Any, users: Sequence[Any]) -> list[tuple[tuple[Any, ...], Any]]:
+        """Return for each of an optimizer's groups the weight decay that it has, and the one that it was built with.
 
         Only where a checkpoint is not to decide: restoring an optimizer's state brings the values of its time along.
+
+        Args:
+            optimizer: One that updates.
+            users: The user's own, which may hold that one and give it their options in each step.
         """
-        groups = optimizer.param_groups
-        built_with = self._built_with[number] if number < len(self._built_with) else []
-        if not self.has_restored or self.on_resume == "checkpoint" or len(built_with) != len(groups):
+        if not self.has_restored or self.on_resume == "checkpoint":
             return []
-        return [(group.get("weight_decay"), built) for group, built in zip(groups, built_with, strict=True)]
+        now = _own_values(users)
+        found: list[tuple[tuple[Any, ...], Any]] = []
+        for group in optimizer.param_groups:
+            own = group.get("weight_decay")
+            known = [id(p) for p in group["params"] if id(p) in self._built_with]
+            if not known:
+                found.append(((own,), own))
+            else:
+                found.append(((own, now.get(known[0], own)), self._built_with[known[0]]))
+        return found
 
     def take_over(self, optimizers: Sequence[Any]) -> None:
         """Remember the groups that a checkpoint has restored, if it was made without this package."""
@@ -79,3 +91,8 @@ class Resuming:
             f"The weight decay of {len(differing)} parameters differs between configuration and checkpoint, for "
             f"example of {name!r}: {configured:g} is configured, {restored:g} in the checkpoint"
         )
+
+
+def _own_values(optimizers: Sequence[Any]) -> dict[int, Any]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {id(parameter): group.get("weight_decay") for group in groups for parameter in group["params"]}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_l2.param_groups.decay_groups import DecayGroup
+    from lightning_l2.param_groups.parts import DecayGroup
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -12,11 +12,24 @@ from lightning_l2.optimizers.facts import torch_class
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lightning_l2.param_groups.decay_groups import DecayGroup, DecayGroups
+    from lightning_l2.param_groups.parts import DecayGroup
 
 # What a child has of its own; all other options are its parent's.
 OWN_KEYS = frozenset(("params", "param_names", "weight_decay"))
 _TELLING = ("params", "weight_decay")
+
+
+class Parts(Protocol):
+    """The parts of the groups of one optimizer."""
+
+    updates: int
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer."""
+
+    def families(self) -> list[list[DecayGroup]]:
+        """Return the parts of each of the user's groups."""
 
 
 class GroupSwap:
@@ -34,7 +47,7 @@ class GroupSwap:
         users: The user's groups while children stand in their place, else None.
     """
 
-    def __init__(self, groups: DecayGroups) -> None:
+    def __init__(self, groups: Parts) -> None:
         self.in_step: dict[str, Any] = {}
         self.users: list[dict[str, Any]] | None = None
         self._groups = groups

@@ -22,3 +22,7 @@ __all__ = [
     "preview",
     "read_history",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

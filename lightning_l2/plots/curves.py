@@ -40,10 +40,9 @@ def plot_norms(history: History, *, layers: Sequence[str] | None = None) -> Figu
     Raises:
         ValueError: If no norms were logged.
 
-    Example:
-        >>> figure = plot_norms({"l2_norm/head": ([0, 50], [1.0, 1.2]), "lr-SGD": ([0, 50], [0.1, 0.05])})
-        >>> [axes.get_title(loc="left") for axes in figure.axes]
-        ['L2 norm of each layer', 'Learning rate']
+    >>> figure = plot_norms({"l2_norm/head": ([0, 50], [1.0, 1.2]), "lr-SGD": ([0, 50], [0.1, 0.05])})
+    >>> [axes.get_title(loc="left") for axes in figure.axes]
+    ['L2 norm of each layer', 'Learning rate']
     """
     panels = {
         ("L2 norm of each layer", "‖w‖"): curves_of(history, "l2_norm", layers),
@@ -73,10 +72,9 @@ def plot_penalty(history: History, *, loss: str | None = None) -> Figure:
     Raises:
         ValueError: If the penalty was not logged, or there is no metric named `loss`.
 
-    Example:
-        >>> figure = plot_penalty({"l2_penalty/total": ([0, 50], [0.1, 0.2]), "train_loss": ([0, 50], [2.0, 1.0])})
-        >>> [axes.get_title(loc="left") for axes in figure.axes]
-        ['L2 penalty against the training loss', 'Penalty relative to the loss']
+    >>> figure = plot_penalty({"l2_penalty/total": ([0, 50], [0.1, 0.2]), "train_loss": ([0, 50], [2.0, 1.0])})
+    >>> [axes.get_title(loc="left") for axes in figure.axes]
+    ['L2 penalty against the training loss', 'Penalty relative to the loss']
     """
     groups = curves_of(history, "l2_penalty")
     total = history.get("l2_penalty/total") or next(iter(groups.values()))
@@ -104,9 +102,8 @@ def plot_update_ratios(history: History, *, layers: Sequence[str] | None = None)
     Raises:
         ValueError: If no update ratios were logged.
 
-    Example:
-        >>> plot_update_ratios({"update_ratio/head": ([0, 50], [0.01, 0.002])}).axes[0].get_title(loc="left")
-        'How far a step moves each layer'
+    >>> plot_update_ratios({"update_ratio/head": ([0, 50], [0.01, 0.002])}).axes[0].get_title(loc="left")
+    'How far a step moves each layer'
     """
     curves = {name: _thinned(curve) for name, curve in curves_of(history, "update_ratio", layers).items()}
     figure, (axes,) = stacked_axes([4.2])

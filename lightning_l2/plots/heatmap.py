@@ -35,10 +35,9 @@ def plot_norm_heatmap(
     Raises:
         ValueError: If nothing was logged under `prefix`.
 
-    Example:
-        >>> figure = plot_norm_heatmap({"l2_norm/body": ([0, 50], [1.0, 1.2]), "l2_norm/head": ([0, 50], [3.0, 2.0])})
-        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-        ['body', 'head']
+    >>> figure = plot_norm_heatmap({"l2_norm/body": ([0, 50], [1.0, 1.2]), "l2_norm/head": ([0, 50], [3.0, 2.0])})
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['body', 'head']
     """
     curves = curves_of(history, prefix, layers)
     names = list(curves)

@@ -33,10 +33,9 @@ def plot_histograms(tensors: Mapping[str, torch.Tensor | ArrayLike], *, bins: in
     Raises:
         ValueError: If there is no tensor.
 
-    Example:
-        >>> layer = torch.nn.Linear(3, 2)
-        >>> [axes.get_title(loc="left") for axes in plot_histograms(dict(layer.named_parameters())).axes[:2]]
-        ['weight', 'bias']
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> [axes.get_title(loc="left") for axes in plot_histograms(dict(layer.named_parameters())).axes[:2]]
+    ['weight', 'bias']
     """
     if not tensors:
         raise ValueError("There is no tensor to draw. Expected at least one, such as `dict(model.named_parameters())`.")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_l2 import schedules
 from lightning_l2.extras import brought_by
 from lightning_l2.plots.schedule import plot_schedule
-from lightning_l2.rules import Rules, decay_param_groups, resolve_rules
-from lightning_l2.schedules import FeedbackSchedule, Schedule
+from lightning_l2.rules.assign import Rules, decay_param_groups, resolve_rules
+from lightning_l2.schedules.base import Schedule
+from lightning_l2.schedules.feedback import FeedbackSchedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_l2.decay_rule import DecayRule
+    from lightning_l2.rules.rule import DecayRule
 
 
 def preview(config: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:

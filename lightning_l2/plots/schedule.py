@@ -11,7 +11,7 @@ from lightning_l2.plots.style import draw_curves, fit_scale, stacked_axes, style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_l2.schedules import Schedule
+    from lightning_l2.schedules.base import Schedule
 
 POINTS = 1001
 
@@ -39,11 +39,10 @@ def plot_schedule(
     Raises:
         ValueError: If a length is below 1, or `per_epoch` comes without `epochs`.
 
-    Example:
-        >>> from lightning_l2.schedules import CosineSchedule
-        >>> figure = plot_schedule(CosineSchedule(1.0, 10.0), weight_decay={"decay": 0.05, "no_decay": 0.0}, steps=1000)
-        >>> figure.axes[0].get_xlabel()
-        'optimizer step'
+    >>> from lightning_l2.schedules import CosineSchedule
+    >>> figure = plot_schedule(CosineSchedule(1.0, 10.0), weight_decay={"decay": 0.05, "no_decay": 0.0}, steps=1000)
+    >>> figure.axes[0].get_xlabel()
+    'optimizer step'
     """
     for name, count in {"steps": steps, "epochs": epochs}.items():
         if count is not None and count < 1:

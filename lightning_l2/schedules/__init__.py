@@ -4,10 +4,10 @@ A `Schedule` is a pure function of progress: 0 at the first optimizer step, 1 at
 answers to a metric, the learning rate or the gradients; those that read tensors are in `lightning_l2.adaptive`.
 """
 
+from lightning_l2.schedules.base import Schedule
+from lightning_l2.schedules.composed import PiecewiseSchedule, SequenceSchedule, StepSchedule, WarmupSchedule
 from lightning_l2.schedules.cycles import CosineRestartsSchedule, CyclicSchedule, OneCycleSchedule
 from lightning_l2.schedules.feedback import FeedbackSchedule, LRSchedule, OptimizerLike, PlateauSchedule
-from lightning_l2.schedules.pieces import PiecewiseSchedule, SequenceSchedule, StepSchedule, WarmupSchedule
-from lightning_l2.schedules.schedule import Schedule
 from lightning_l2.schedules.shapes import (
     ConstantSchedule,
     CosineSchedule,
@@ -37,3 +37,7 @@ __all__ = [
     "StepSchedule",
     "WarmupSchedule",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import final
 
 from lightning_l2.arguments import check_types
-from lightning_l2.schedules.schedule import Schedule, blend, check_multipliers, check_positive, check_progress
+from lightning_l2.schedules.base import Schedule, blend, check_multipliers, check_positive, check_progress
 from lightning_l2.schedules.shapes import cosine_weight
 
 
@@ -25,20 +25,19 @@ class CyclicSchedule(Schedule):
     `f = start + (peak - start) * (1 - phase) / (1 - rise)`. Every cycle begins and ends at `start`.
 
     Args:
-        start: multiplier at the ends of each cycle, dimensionless, at least 0
-        peak: multiplier in the middle, dimensionless, at least 0; below `start` the triangles point down
-        cycles: number of cycles in the training, at least 1
-        rise: fraction of a cycle from `start` to `peak`, above 0 and below 1
+        start: Multiplier at the ends of each cycle, dimensionless, at least 0.
+        peak: Multiplier in the middle, dimensionless, at least 0; below `start` the triangles point down.
+        cycles: Number of cycles in the training, at least 1.
+        rise: Fraction of a cycle from `start` to `peak`, above 0 and below 1.
 
     Raises:
         ValueError: If a value is negative or not finite, `cycles` is below 1 or `rise` is not between 0 and 1.
 
-    Example:
-        >>> schedule = CyclicSchedule(1.0, 3.0, cycles=2)
-        >>> [schedule(progress) for progress in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)]
-        [1.0, 2.0, 3.0, 1.0, 3.0, 1.0]
-
     Source: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv 1506.01186, 2015.
+
+    >>> schedule = CyclicSchedule(1.0, 3.0, cycles=2)
+    >>> [schedule(progress) for progress in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)]
+    [1.0, 2.0, 3.0, 1.0, 3.0, 1.0]
     """
 
     start: float
@@ -68,21 +67,20 @@ class CosineRestartsSchedule(Schedule):
     takes a share of the training in proportion to `growth ** i`. The last one ends at `end`.
 
     Args:
-        start: multiplier at the beginning of each cycle, dimensionless, at least 0
-        end: multiplier that each cycle leads to, dimensionless, at least 0
-        cycles: number of cycles in the training, at least 1
-        growth: length of a cycle over that of the one before, dimensionless, above 0
+        start: Multiplier at the beginning of each cycle, dimensionless, at least 0.
+        end: Multiplier that each cycle leads to, dimensionless, at least 0.
+        cycles: Number of cycles in the training, at least 1.
+        growth: Length of a cycle over that of the one before, dimensionless, above 0.
 
     Raises:
         ValueError: If a value is negative or not finite, `cycles` is below 1, or `growth` is not above 0 or leaves
             a cycle no share of the training.
 
-    Example:
-        >>> schedule = CosineRestartsSchedule(3.0, 1.0, cycles=2)
-        >>> [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
-        [3.0, 2.0, 3.0, 2.0, 1.0]
-
     Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983, 2016.
+
+    >>> schedule = CosineRestartsSchedule(3.0, 1.0, cycles=2)
+    >>> [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [3.0, 2.0, 3.0, 2.0, 1.0]
     """
 
     start: float
@@ -127,21 +125,20 @@ class OneCycleSchedule(Schedule):
     Up to `progress = rise` from `start` to `peak`, from there to `end`, each half a cosine over its share.
 
     Args:
-        start: multiplier at the first step, dimensionless, at least 0
-        peak: multiplier at `progress = rise`, dimensionless, at least 0
-        end: multiplier at the last step, dimensionless, at least 0
-        rise: fraction of the training from `start` to `peak`, above 0 and below 1
+        start: Multiplier at the first step, dimensionless, at least 0.
+        peak: Multiplier at `progress = rise`, dimensionless, at least 0.
+        end: Multiplier at the last step, dimensionless, at least 0.
+        rise: Fraction of the training from `start` to `peak`, above 0 and below 1.
 
     Raises:
         ValueError: If a value is negative or not finite, or `rise` is not between 0 and 1.
 
-    Example:
-        >>> schedule = OneCycleSchedule(1.0, 5.0, 0.0, rise=0.5)
-        >>> [schedule(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
-        [1.0, 3.0, 5.0, 0.0]
-
     Source: Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates",
     arXiv 1708.07120, 2017.
+
+    >>> schedule = OneCycleSchedule(1.0, 5.0, 0.0, rise=0.5)
+    >>> [schedule(progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    [1.0, 3.0, 5.0, 0.0]
     """
 
     start: float

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, final
 
 from lightning_l2.arguments import check_types
-from lightning_l2.schedules.schedule import check_multipliers, check_positive
+from lightning_l2.schedules.base import check_multipliers, check_positive
 
 
 class OptimizerLike(Protocol):
@@ -31,22 +31,21 @@ class FeedbackSchedule(ABC):
     serves several optimizers and trainings, and the memory is saved in checkpoints.
 
     Attributes:
-        reads: what has to be known before a call: the learning rate of the coming step ("lr", asked for any number of
+        reads: What has to be known before a call: the learning rate of the coming step ("lr", asked for any number of
             times a step), its unscaled gradients ("gradients", once a step), or a metric ("metric", once for each
-            value; its name is the attribute `monitor`)
+            value; its name is the attribute `monitor`).
 
-    Example:
-        >>> @dataclass(frozen=True)
-        ... class WhileLossAbove(FeedbackSchedule):
-        ...     limit: float
-        ...     monitor: str = "val_loss"
-        ...     reads: ClassVar = "metric"
-        ...     def check(self, optimizer): ...
-        ...     def multipliers(self, optimizer, metrics, state):
-        ...         return [float(metrics[self.monitor] > self.limit)] * len(optimizer.param_groups)
-        >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
-        >>> WhileLossAbove(0.5).multipliers(optimizer, {"val_loss": 0.7}, {})
-        [1.0]
+    >>> @dataclass(frozen=True)
+    ... class WhileLossAbove(FeedbackSchedule):
+    ...     limit: float
+    ...     monitor: str = "val_loss"
+    ...     reads: ClassVar = "metric"
+    ...     def check(self, optimizer): ...
+    ...     def multipliers(self, optimizer, metrics, state):
+    ...         return [float(metrics[self.monitor] > self.limit)] * len(optimizer.param_groups)
+    >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
+    >>> WhileLossAbove(0.5).multipliers(optimizer, {"val_loss": 0.7}, {})
+    [1.0]
     """
 
     reads: ClassVar[Literal["lr", "gradients", "metric"]]
@@ -64,9 +63,9 @@ class FeedbackSchedule(ABC):
         """Return the multiplier of each parameter group, dimensionless, at least 0.
 
         Args:
-            optimizer: the optimizer whose groups are asked for
-            metrics: the values logged last, by name
-            state: what earlier calls for this optimizer left here, empty at first; numbers, strings and lists
+            optimizer: The optimizer whose groups are asked for.
+            metrics: The values logged last, by name.
+            state: What earlier calls for this optimizer left here, empty at first; numbers, strings and lists.
         """
 
 
@@ -85,24 +84,23 @@ class PlateauSchedule(FeedbackSchedule):
     loss falls).
 
     Args:
-        monitor: name of a logged metric
-        mode: whether the metric should fall ("min") or grow ("max")
-        factor: what the multiplier is multiplied with, dimensionless, above 0 and not 1
-        patience: observations without improvement that are put up with, at least 0
-        threshold: smallest change that is an improvement, at least 0; relative or in the metric's unit
-        threshold_mode: whether `threshold` is a share of the best value ("rel") or a difference ("abs")
-        cooldown: observations after a change that don't count, at least 0
-        min_multiplier: smallest multiplier, dimensionless, at least 0
-        max_multiplier: largest multiplier, dimensionless, none by default
+        monitor: Name of a logged metric.
+        mode: Whether the metric should fall ("min") or grow ("max").
+        factor: What the multiplier is multiplied with, dimensionless, above 0 and not 1.
+        patience: Observations without improvement that are put up with, at least 0.
+        threshold: Smallest change that is an improvement, at least 0; relative or in the metric's unit.
+        threshold_mode: Whether `threshold` is a share of the best value ("rel") or a difference ("abs").
+        cooldown: Observations after a change that don't count, at least 0.
+        min_multiplier: Smallest multiplier, dimensionless, at least 0.
+        max_multiplier: Largest multiplier, dimensionless, none by default.
 
     Raises:
         ValueError: If an argument is out of its range; if the metric was not logged.
 
-    Example:
-        >>> schedule, state = PlateauSchedule("val_loss", factor=0.5, patience=1), {}
-        >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
-        >>> [schedule.multipliers(optimizer, {"val_loss": loss}, state)[0] for loss in (1.0, 0.8, 0.8, 0.8, 0.7)]
-        [1.0, 1.0, 1.0, 0.5, 0.5]
+    >>> schedule, state = PlateauSchedule("val_loss", factor=0.5, patience=1), {}
+    >>> optimizer = type("Optimizer", (), {"param_groups": [{}], "state": {}})()
+    >>> [schedule.multipliers(optimizer, {"val_loss": loss}, state)[0] for loss in (1.0, 0.8, 0.8, 0.8, 0.7)]
+    [1.0, 1.0, 1.0, 0.5, 0.5]
     """
 
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "metric"
@@ -168,18 +166,17 @@ class LRSchedule(FeedbackSchedule):
     With decoupled decay a step then shrinks weights by `lr ** 2 / max_lr * weight_decay`.
 
     Args:
-        max_lr: peak of the learning rate; by default the largest that is known of the group: its `max_lr`
+        max_lr: Peak of the learning rate; by default the largest that is known of the group: its `max_lr`
             (OneCycleLR), its `initial_lr` (any scheduler), or what it has had so far. Give it for schedules that say
-            nowhere how high they will rise (CyclicLR)
+            nowhere how high they will rise (CyclicLR).
 
     Raises:
         ValueError: If `max_lr` is not finite and above 0, or a group has no `lr`.
 
-    Example:
-        >>> group = {"lr": 0.25, "initial_lr": 1.0}
-        >>> optimizer = type("Optimizer", (), {"param_groups": [group], "state": {}})()
-        >>> LRSchedule().multipliers(optimizer, {}, {})
-        [0.25]
+    >>> group = {"lr": 0.25, "initial_lr": 1.0}
+    >>> optimizer = type("Optimizer", (), {"param_groups": [group], "state": {}})()
+    >>> LRSchedule().multipliers(optimizer, {}, {})
+    [0.25]
     """
 
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "lr"
@@ -204,9 +201,9 @@ def relative_learning_rates(optimizer: OptimizerLike, max_lr: float | None, stat
     """Return `lr / max_lr` of each group; without a `max_lr` its peak is what is known of the group, see `LRSchedule`.
 
     Args:
-        optimizer: the optimizer whose groups are asked for
-        max_lr: peak of the learning rate, or None
-        state: keeps the largest learning rate that each group has had
+        optimizer: The optimizer whose groups are asked for.
+        max_lr: Peak of the learning rate, or None.
+        state: Keeps the largest learning rate that each group has had.
     """
     ratios = []
     for index, group in enumerate(optimizer.param_groups):

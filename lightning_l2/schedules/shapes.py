@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from lightning_l2.arguments import check_types
-from lightning_l2.schedules.schedule import Schedule, blend, check_multipliers, check_positive, check_progress
+from lightning_l2.schedules.base import Schedule, blend, check_multipliers, check_positive, check_progress
 
 
 @final
@@ -16,14 +16,13 @@ class ConstantSchedule(Schedule):
     """Keep one multiplier: `f(progress) = value`.
 
     Args:
-        value: multiplier, dimensionless, at least 0
+        value: Multiplier, dimensionless, at least 0.
 
     Raises:
         ValueError: If `value` is negative or not finite.
 
-    Example:
-        >>> ConstantSchedule(2.0)(0.3)
-        2.0
+    >>> ConstantSchedule(2.0)(0.3)
+    2.0
     """
 
     value: float = 1.0
@@ -44,16 +43,15 @@ class LinearSchedule(Schedule):
     """Move in a straight line: `f(progress) = start + (end - start) * progress`.
 
     Args:
-        start: multiplier at the first step, dimensionless, at least 0
-        end: multiplier at the last step, dimensionless, at least 0
+        start: Multiplier at the first step, dimensionless, at least 0.
+        end: Multiplier at the last step, dimensionless, at least 0.
 
     Raises:
         ValueError: If a value is negative or not finite.
 
-    Example:
-        >>> schedule = LinearSchedule(1.0, 3.0)
-        >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
-        [1.0, 2.0, 3.0]
+    >>> schedule = LinearSchedule(1.0, 3.0)
+    >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
+    [1.0, 2.0, 3.0]
     """
 
     start: float
@@ -76,19 +74,18 @@ class CosineSchedule(Schedule):
     Flat at both ends. DINO and its successors raise weight decay this way from 0.04 to 0.4.
 
     Args:
-        start: multiplier at the first step, dimensionless, at least 0
-        end: multiplier at the last step, dimensionless, at least 0
+        start: Multiplier at the first step, dimensionless, at least 0.
+        end: Multiplier at the last step, dimensionless, at least 0.
 
     Raises:
         ValueError: If a value is negative or not finite.
 
-    Example:
-        >>> schedule = CosineSchedule(1.0, 10.0)
-        >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
-        [1.0, 5.5, 10.0]
-
     Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983, 2016;
     for weight decay Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294, 2021.
+
+    >>> schedule = CosineSchedule(1.0, 10.0)
+    >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
+    [1.0, 5.5, 10.0]
     """
 
     start: float
@@ -114,16 +111,15 @@ class ExponentialSchedule(Schedule):
     """Change by the same factor in each step: `f(progress) = start * (end / start) ** progress`.
 
     Args:
-        start: multiplier at the first step, dimensionless, above 0
-        end: multiplier at the last step, dimensionless, above 0
+        start: Multiplier at the first step, dimensionless, above 0.
+        end: Multiplier at the last step, dimensionless, above 0.
 
     Raises:
         ValueError: If a value is not finite and above 0: no factor leads to or away from 0.
 
-    Example:
-        >>> schedule = ExponentialSchedule(1.0, 4.0)
-        >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
-        [1.0, 2.0, 4.0]
+    >>> schedule = ExponentialSchedule(1.0, 4.0)
+    >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
+    [1.0, 2.0, 4.0]
     """
 
     start: float
@@ -149,19 +145,18 @@ class PolynomialSchedule(Schedule):
     A power of 1 is a straight line, above 1 the change is fast first, below 1 fast last.
 
     Args:
-        start: multiplier at the first step, dimensionless, at least 0
-        end: multiplier at the last step, dimensionless, at least 0
-        power: exponent, dimensionless, above 0
+        start: Multiplier at the first step, dimensionless, at least 0.
+        end: Multiplier at the last step, dimensionless, at least 0.
+        power: Exponent, dimensionless, above 0.
 
     Raises:
         ValueError: If a value is negative or not finite, or `power` is not finite and above 0.
 
-    Example:
-        >>> schedule = PolynomialSchedule(1.0, 5.0, power=2.0)
-        >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
-        [1.0, 4.0, 5.0]
-
     Source: Liu, Rabinovich and Berg, "ParseNet: Looking Wider to See Better", arXiv 1506.04579, 2015.
+
+    >>> schedule = PolynomialSchedule(1.0, 5.0, power=2.0)
+    >>> [schedule(progress) for progress in (0.0, 0.5, 1.0)]
+    [1.0, 4.0, 5.0]
     """
 
     start: float
@@ -187,18 +182,17 @@ class InverseSquareRootSchedule(Schedule):
     `timescale = fraction / (1 - fraction)`: from then on it is proportional to `1 / sqrt(step)`.
 
     Args:
-        start: multiplier at the first step, dimensionless, at least 0
-        timescale: fraction of the training after which the multiplier is down by `sqrt(2)`, above 0
+        start: Multiplier at the first step, dimensionless, at least 0.
+        timescale: Fraction of the training after which the multiplier is down by `sqrt(2)`, above 0.
 
     Raises:
         ValueError: If `start` is negative or not finite, or `timescale` is not finite and above 0.
 
-    Example:
-        >>> schedule = InverseSquareRootSchedule(2.0, timescale=1 / 3)
-        >>> [schedule(progress) for progress in (0.0, 1.0)]
-        [2.0, 1.0]
-
     Source: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, 2017.
+
+    >>> schedule = InverseSquareRootSchedule(2.0, timescale=1 / 3)
+    >>> [schedule(progress) for progress in (0.0, 1.0)]
+    [2.0, 1.0]
     """
 
     start: float

@@ -7,3 +7,7 @@ from lightning_l2.search.suggestion import Difference
 from lightning_l2.search.trials import Run, Trial, TrialRun
 
 __all__ = ["Difference", "Range", "Run", "SearchPlan", "SearchResult", "Trial", "TrialRun", "search_weight_decay"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_l2.both_packages import derive_from_both
+from lightning_l2.trainer.both_packages import derive_from_both
 
 # Steps of a learning-rate schedule that are tried out; a second or two of them.
 MOST_STEPS = 50_000

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_l2.plots.style import COLOURS, OTHERS, legend_beside, new_figure, style_axes
 from lightning_l2.search.suggestion import zero_trial
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_l2.search.result import SearchResult
+    from lightning_l2.search.plan import SearchPlan
     from lightning_l2.search.trials import Trial
 
 BEST, SUGGESTED, ZERO = COLOURS[0], COLOURS[1], "black"
@@ -24,7 +24,38 @@ GREY = "#8A9099"
 SHARES = re.compile(r"acc|auc|auroc|f1|iou|dice|precision|recall|r2|score", re.IGNORECASE)
 
 
-def plot_metric(result: SearchResult) -> Figure:
+class Searched(Protocol):
+    """What pictures show of a search's result."""
+
+    @property
+    def trials(self) -> Sequence[Trial]:
+        """All trials."""
+
+    @property
+    def plan(self) -> SearchPlan:
+        """What was searched."""
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the best mean."""
+
+    @property
+    def suggestion(self) -> Trial:
+        """The suggested trial."""
+
+    @property
+    def weight_decay(self) -> float:
+        """The suggested lambda."""
+
+    @property
+    def train_metric(self) -> str | None:
+        """The training metric that belongs to the monitored one."""
+
+    def to_zero(self, trial: Trial) -> Any:
+        """Return the difference of a trial to that of lambda = 0."""
+
+
+def plot_metric(result: Searched) -> Figure:
     """Draw the monitored metric against lambda, and beside it what decides: the difference to lambda = 0.
 
     Above are the mean and each seed, below the mean difference, paired by seed, with its standard error; where 0 was
@@ -68,7 +99,7 @@ def plot_metric(result: SearchResult) -> Figure:
     return figure
 
 
-def plot_curves(result: SearchResult) -> Figure:
+def plot_curves(result: Searched) -> Figure:
     """Draw the training and the validation metric over the epochs, a curve for each lambda: the mean over its seeds.
 
     The suggested one is thick, those of trials that were stopped early are dotted, that of lambda = 0 is black.
@@ -107,7 +138,7 @@ def plot_curves(result: SearchResult) -> Figure:
     return figure
 
 
-def plot_norm(result: SearchResult) -> Figure:
+def plot_norm(result: Searched) -> Figure:
     """Draw the L2 norm of the trained weights against lambda.
 
     Raises:
@@ -124,7 +155,7 @@ def plot_norm(result: SearchResult) -> Figure:
     return figure
 
 
-def plot_gap(result: SearchResult) -> Figure:
+def plot_gap(result: Searched) -> Figure:
     """Draw the generalisation gap against lambda: how much worse the monitored metric is than the training's.
 
     Raises:
@@ -143,14 +174,14 @@ def plot_gap(result: SearchResult) -> Figure:
     return figure
 
 
-def _one_panel(result: SearchResult, title: str, ylabel: str) -> tuple[Figure, Axes]:
+def _one_panel(result: Searched, title: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = new_figure(8.5, 4.2)
     axes = figure.subplots()
     _over_lambda(axes, result, title, ylabel)
     return figure, axes
 
 
-def _over_lambda(axes: Axes, result: SearchResult, title: str, ylabel: str) -> None:
+def _over_lambda(axes: Axes, result: Searched, title: str, ylabel: str) -> None:
     """Make lambda's axis logarithmic, with a place for 0 apart where 0 was tried."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
@@ -176,24 +207,24 @@ def _over_lambda(axes: Axes, result: SearchResult, title: str, ylabel: str) -> N
         axes.axvline(math.sqrt(zero * low), color=GREY, linestyle=(0, (1, 3)), linewidth=1.0, zorder=1)
 
 
-def _ends(result: SearchResult) -> tuple[float, float]:
+def _ends(result: Searched) -> tuple[float, float]:
     tried = [trial.weight_decay for trial in result.trials if trial.weight_decay > 0] or [1e-3]
     low, high = result.plan.low, result.plan.high
     ends = min(tried) if low is None else low, max(tried) if high is None else high
     return ends if ends[0] < ends[1] else (ends[0] / 3, ends[1] * 3)
 
 
-def _zero_place(result: SearchResult) -> float:
+def _zero_place(result: Searched) -> float:
     """Return where 0 is drawn on the log axis: an eighth of the range beneath its lower end."""
     low, high = _ends(result)
     return float(low / max((high / low) ** 0.125, 3.0))
 
 
-def _place(trial: Trial, result: SearchResult) -> float:
+def _place(trial: Trial, result: Searched) -> float:
     return trial.weight_decay or _zero_place(result)
 
 
-def _choose_scale(axes: Axes, result: SearchResult, values: Sequence[float]) -> None:
+def _choose_scale(axes: Axes, result: Searched, values: Sequence[float]) -> None:
     """Take a logarithmic axis where a loss spans so much that the small values would look alike."""
     finite = [value for value in values if math.isfinite(value)]
     is_loss = result.plan.mode == "min" and not SHARES.search(result.plan.monitor)
@@ -201,12 +232,12 @@ def _choose_scale(axes: Axes, result: SearchResult, values: Sequence[float]) -> 
         axes.set_yscale("log")
 
 
-def _of_state(result: SearchResult, state: str) -> list[Trial]:
+def _of_state(result: Searched, state: str) -> list[Trial]:
     trials = [trial for trial in result.trials if trial.state == state]
     return sorted(trials, key=lambda trial: trial.weight_decay)
 
 
-def _draw(axes: Axes, result: SearchResult, trials: Sequence[Trial], values: Callable[[Trial], list[float]]) -> None:
+def _draw(axes: Axes, result: Searched, trials: Sequence[Trial], values: Callable[[Trial], list[float]]) -> None:
     """Draw the mean of each trial, 0 without a line to the others, and each seed."""
     several = result.plan.seeds > 1
     style: dict[str, Any] = {"color": "black", "markersize": 4, "linewidth": 1.2}
@@ -226,7 +257,7 @@ def _line(trials: Sequence[Trial]) -> str:
     return "o" if any(trial.others for trial in trials) else "o-"
 
 
-def _mark(axes: Axes, result: SearchResult) -> None:
+def _mark(axes: Axes, result: Searched) -> None:
     best, suggestion = result.best, result.suggestion
     same = best.number == suggestion.number
     label = f"best{' and suggested' if same else ''}: {best.weight_decay:.3g}"

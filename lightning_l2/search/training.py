@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_l2.both_packages import derive_from_both
-from lightning_l2.norms import squared_norms
+from lightning_l2.norms.squared import squared_norms
 from lightning_l2.search.look import look
 from lightning_l2.search.trials import Fit, Outcome, TrialRun
 from lightning_l2.sharding import flat_shards
+from lightning_l2.trainer.both_packages import derive_from_both
 
 Make = Callable[..., tuple[Any, ...]]
 # What a Trainer shows and keeps of one training drowns the search, fills the disk and stands in the place of another's.

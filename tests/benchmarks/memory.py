@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_l2.norm_options import NormOptions
-from lightning_l2.norm_tracker import NormTracker
+from lightning_l2.monitor import NormOptions, NormTracker
 from lightning_l2.norms import squared_norms
 from tests.benchmarks.timing import table
 

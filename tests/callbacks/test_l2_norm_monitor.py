@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_l2 import L2NormMonitor, WeightDecay
-from lightning_l2.alarms import NormAlarms
-from lightning_l2.norm_options import NormOptions
+from lightning_l2.monitor import NormAlarms, NormOptions
 from tests.helpers import Net, ValidatedNet, data, fp16, make_trainer
 
 EVERYTHING: dict[str, Any] = {

@@ -22,13 +22,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_l2.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
 from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.weight_decay import WeightDecay
+from lightning_l2.constraints import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
 from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.rules import DecayRule
-from tests.callbacks import sharded_norm_constraint as sharded
 from tests.helpers import DECAYED, DEVICE, EXEMPT, Net, assert_same_weights, batches, data, make_trainer, weights
+from tests.processes import sharded_norm_constraint as sharded
 
 BOUNDS = [FixedBound(0.8), InitialBound(0.95), WarmupBound(3), InflectionBound(2, 0.5)]
 
@@ -447,7 +447,7 @@ YAML = """
 callback:
   class_path: lightning_l2.callbacks.norm_constraint.NormConstraint
   init_args:
-    bound: {class_path: lightning_l2.bounds.WarmupBound, init_args: {steps: 100, factor: 1.5}}
+    bound: {class_path: lightning_l2.constraints.WarmupBound, init_args: {steps: 100, factor: 1.5}}
     method: lagrangian
     per: group
     rules:

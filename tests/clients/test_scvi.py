@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2 import WeightDecay
-from lightning_l2.decay_rule import DecayRule
+from lightning_l2.rules import DecayRule
 from tests.clients.helpers import (
     LAMBDA,
     assert_close,

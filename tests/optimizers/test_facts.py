@@ -17,8 +17,8 @@ from lightning_l2.optimizers.facts import (
     reads_loss,
     torch_class,
 )
-from tests.test_decay import OWN_WAY as EXPECTED
-from tests.test_decay import weight
+from tests.decay.test_attach import OWN_WAY as EXPECTED
+from tests.decay.test_attach import weight
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule
-from lightning_l2.param_groups.decay_groups import DecayGroups, Decision, decay_groups
+from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups
+from lightning_l2.param_groups.parts import Decision
 
 
 class Given:

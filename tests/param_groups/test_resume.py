@@ -68,15 +68,23 @@ def test_groups_are_not_asked_otherwise(has_restored: bool, restored: Any) -> No
 def test_what_the_groups_were_built_with_holds_if_the_configuration_does() -> None:
     resuming, optimizer = Resuming("config"), sgd(0.1, 0.2)
     resuming.take_down([optimizer])
-    assert resuming.configured(0, optimizer) == []  # nothing was restored
+    assert resuming.configured(optimizer, [optimizer]) == []  # nothing was restored
     resuming.has_restored = True
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.9  # as loading a state does
-    assert resuming.configured(0, optimizer) == [(0.9, 0.1), (0.9, 0.2)]
-    assert resuming.configured(1, optimizer) == []  # one that came later
-    optimizer.add_param_group({"params": [torch.zeros(1)]})
-    assert resuming.configured(0, optimizer) == []  # nobody knows which is which
+    assert resuming.configured(optimizer, [optimizer]) == [((0.9, 0.9), 0.1), ((0.9, 0.9), 0.2)]
+    optimizer.add_param_group({"params": [torch.zeros(1)], "weight_decay": 0.4})
+    assert resuming.configured(optimizer, [optimizer])[2] == ((0.4,), 0.4)  # one that came later has what it says
     other = Resuming("checkpoint")
-    other.take_down([sgd(0.1)])
+    other.take_down([optimizer])
     other.has_restored = True
-    assert other.configured(0, sgd(0.1)) == []
+    assert other.configured(optimizer, [optimizer]) == []
+
+
+def test_an_optimizer_within_another_goes_by_what_the_users_was_built_with() -> None:
+    resuming, users, inner = Resuming("config"), sgd(0.1), sgd(0.01)
+    inner.param_groups[0]["params"] = users.param_groups[0]["params"]
+    resuming.take_down([users])
+    resuming.has_restored = True
+    users.param_groups[0]["weight_decay"] = 0.9
+    assert resuming.configured(inner, [users]) == [((0.01, 0.9), 0.1)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).with_name("distributed_process.py")
+SCRIPT = Path(__file__).parents[1] / "processes" / "distributed_search.py"
 ROOT = Path(__file__).parents[2]
 
 

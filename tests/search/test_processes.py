@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 TRIALS = 8  # with that of lambda = 0
-SCRIPT = Path(__file__).with_name("search_process.py")
+SCRIPT = Path(__file__).parents[1] / "processes" / "shared_search.py"
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.strategies import worker
+from tests.processes import worker
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 200
@@ -52,7 +52,7 @@ def launch(strategy: str, folder: Path, program: str = "worker") -> None:
         with (folder / f"{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", f"tests.strategies.{program}", strategy, str(folder)],
+                    [sys.executable, "-m", f"tests.processes.{program}", strategy, str(folder)],
                     cwd=REPOSITORY,
                     env={**environment, "LOCAL_RANK": str(rank)},
                     stdout=log,

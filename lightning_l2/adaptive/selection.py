@@ -1,0 +1,49 @@
+"""What the adaptive schedules ask of a parameter group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_l2.schedules.feedback import OptimizerLike
+from lightning_l2.sharding import has_flat_pieces, is_flat_piece
+
+HEAD = r"(?<![a-z])(lm_?head|head|output|classifier|logits)(?![a-z])"
+"""Names that rules and groups of output layers go by."""
+
+
+def matches(pattern: str | None, group: Mapping[str, Any]) -> bool:
+    """Return whether the name of a group's rule, or else the group's own, contains a regular expression."""
+    return pattern is not None and re.search(pattern, str(group.get("rule") or group.get("name", ""))) is not None
+
+
+def base_weight_decay(group: Mapping[str, Any]) -> float:
+    """Return lambda of a group before any schedule.
+
+    >>> base_weight_decay({"weight_decay": 0.02, "initial_weight_decay": 0.01})
+    0.01
+    """
+    return float(group.get("initial_weight_decay", group.get("weight_decay", 0.0)))
+
+
+def check_pattern(schedule: object, name: str, pattern: str | None) -> None:
+    """Raise a `ValueError` unless a pattern is a regular expression or None."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(
+            f"{type(schedule).__name__} needs a regular expression as `{name}`, but got {pattern!r}: {error}."
+        ) from error
+
+
+def check_unflattened(schedule: object, optimizer: OptimizerLike) -> None:
+    """Raise a `ValueError` if FSDP1 or DeepSpeed has flattened the parameters, so that no sums over them can be had."""
+    # On FSDP2 a parameter is a DTensor, which knows its processes.
+    is_cut = any(is_flat_piece(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    if is_cut or has_flat_pieces(optimizer):
+        raise ValueError(
+            f"{type(schedule).__name__} sums over whole tensors, but {'FSDP1' if is_cut else 'DeepSpeed'} has "
+            f"flattened the parameters of {type(optimizer).__name__}. Use FSDP2 (ModelParallelStrategy) or "
+            "DDP, or another schedule."
+        )

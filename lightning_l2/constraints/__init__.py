@@ -1,0 +1,21 @@
+"""Norms held within bounds, after each update of any optimizer."""
+
+from lightning_l2.constraints.attach import AttachedConstraint
+from lightning_l2.constraints.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
+from lightning_l2.constraints.methods import AugmentedLagrangian, Method, Projection
+
+__all__ = [
+    "AttachedConstraint",
+    "AugmentedLagrangian",
+    "Bound",
+    "FixedBound",
+    "InflectionBound",
+    "InitialBound",
+    "Method",
+    "Projection",
+    "WarmupBound",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

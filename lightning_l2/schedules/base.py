@@ -1,0 +1,96 @@
+"""What every schedule is, and the checks and the blend that most of them share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class Schedule(ABC):
+    """Give the multiplier of weight decay at each point of the training.
+
+    Derive a frozen dataclass and define `__call__`: a pure function, finite and never negative. With
+    `WeightDecayScheduler(values="weight_decay")` the same numbers are weight decays instead of multipliers.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class SecondHalf(Schedule):
+    ...     value: float
+    ...     def __call__(self, progress: float) -> float:
+    ...         return self.value if check_progress(progress) >= 0.5 else 0.0
+    >>> SecondHalf(3.0)(0.25), SecondHalf(3.0)(0.5)
+    (0.0, 3.0)
+    """
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """Return the multiplier at a point of the training.
+
+        Args:
+            progress: Fraction of the training, 0 (first optimizer step) to 1 (last optimizer step).
+
+        Returns:
+            The multiplier, dimensionless, at least 0.
+
+        Raises:
+            ValueError: If `progress` is outside [0, 1].
+        """
+
+
+def check_progress(progress: float) -> float:
+    """Return `progress`, or raise a `ValueError` if it is not within [0, 1]."""
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(
+            f"Expected argument `progress` to be within [0, 1], but got {progress}. It is the fraction of the "
+            "training: 0 at the first optimizer step, 1 at the last one."
+        )
+    return progress
+
+
+def check_multipliers(schedule: object, **values: float) -> None:
+    """Raise a `ValueError` for the first of the named values that is negative or not finite."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(
+                f"{type(schedule).__name__} needs a finite `{name}` of at least 0, but got {value}. "
+                "A multiplier of 0 switches weight decay off."
+            )
+
+
+def check_positive(schedule: object, **values: float) -> None:
+    """Raise a `ValueError` for the first of the named values that is not finite and above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"{type(schedule).__name__} needs a finite `{name}` above 0, but got {value}.")
+
+
+def check_milestones(schedule: object, name: str, milestones: Sequence[float]) -> None:
+    """Raise a `ValueError` unless milestones are within [0, 1] and increase strictly."""
+    inside = all(0.0 <= milestone <= 1.0 for milestone in milestones)
+    increasing = all(left < right for left, right in itertools.pairwise(milestones))
+    if not (inside and increasing):
+        raise ValueError(
+            f"{type(schedule).__name__} needs `{name}` that increase strictly within [0, 1], but got "
+            f"{list(milestones)}. They are fractions of the training, not steps or epochs."
+        )
+
+
+def check_part(schedule: object, name: str, part: object) -> None:
+    """Raise a `TypeError` unless a part of a composed schedule is a `Schedule`."""
+    if not isinstance(part, Schedule):
+        raise TypeError(
+            f"{type(schedule).__name__} needs a Schedule as `{name}`, but got {part!r}. Schedules that answer to the "
+            "training (plateau, learning rate, adaptive) can't be a part of another; derive from Schedule for a "
+            "function of your own."
+        )
+
+
+def blend(start: float, end: float, weight: float) -> float:
+    """Return `(1 - weight) * start + weight * end`: exact at 0 and 1, and never outside the two values.
+
+    `start + weight * (end - start)` misses `end` by a rounding error, and would lift a multiplier off 0.
+    """
+    low, high = (start, end) if start <= end else (end, start)
+    return float(min(max((1.0 - weight) * start + weight * end, low), high))

@@ -1,0 +1,104 @@
+"""Angles against float64 geometry, and the predicted equilibrium against networks trained to it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_l2.monitor import NormOptions, NormTracker
+from lightning_l2.monitor.rotation import angular_update, effective_lr, equilibrium_angle, learning_rate, norm_power
+
+
+@pytest.mark.parametrize("degrees", [1e-7, 1e-4, 0.1, 45.0, 90.0, 135.0, 180.0])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_angle(degrees: float, scale: float) -> None:
+    angle = math.radians(degrees)
+    before, after = (2.0, 0.0), (2 * scale * math.cos(angle), 2 * scale * math.sin(angle))
+    difference = [a - b for a, b in zip(before, after, strict=True)]
+    product = sum(d * a for d, a in zip(difference, after, strict=True))
+    found = angular_update(4.0, sum(d * d for d in difference), product)
+    # where the length changes as well, an angle below the square root of the rounding error is lost
+    assert found == pytest.approx(angle, rel=1e-6, abs=1e-12 if scale == 1 else 3e-8)
+
+
+def test_no_angle_where_there_is_no_direction() -> None:
+    assert math.isnan(angular_update(0.0, 1.0, 1.0))
+    assert math.isnan(angular_update(4.0, 4.0, 0.0))  # shrunk to 0
+    assert angular_update(4.0, 0.0, 0.0) == 0.0
+
+
+WEIGHT = [torch.zeros(1)]
+FORMULAS: dict[str, tuple[torch.optim.Optimizer, float | None]] = {
+    "AdamW": (torch.optim.AdamW(WEIGHT, lr=0.1, weight_decay=0.2, betas=(0.7, 0.9)), math.sqrt(2 * 0.02 * 0.3 / 1.7)),
+    "decoupled Adam": (
+        torch.optim.Adam(WEIGHT, lr=0.1, weight_decay=0.2, betas=(0.7, 0.9), decoupled_weight_decay=True),
+        math.sqrt(2 * 0.02 * 0.3 / 1.7),
+    ),
+    "Adam": (torch.optim.Adam(WEIGHT, lr=0.1, weight_decay=0.2), None),
+    "SGD": (torch.optim.SGD(WEIGHT, lr=0.1, weight_decay=0.2), math.sqrt(2 * 0.02)),
+    "momentum": (torch.optim.SGD(WEIGHT, lr=0.1, weight_decay=0.2, momentum=0.6), math.sqrt(2 * 0.02 / 1.6)),
+    "dampening": (
+        torch.optim.SGD(WEIGHT, lr=0.1, weight_decay=0.2, momentum=0.6, dampening=0.25),
+        math.sqrt(2 * 0.02 * 0.75 / 1.6),
+    ),
+    "dampening without momentum": (
+        torch.optim.SGD(WEIGHT, lr=0.1, weight_decay=0.2, dampening=0.25),
+        math.sqrt(2 * 0.02),
+    ),
+    "Nesterov": (torch.optim.SGD(WEIGHT, lr=0.1, weight_decay=0.2, momentum=0.6, nesterov=True), None),
+    "no decay": (torch.optim.AdamW(WEIGHT, lr=0.1, weight_decay=0.0), 0.0),
+    "RMSprop": (torch.optim.RMSprop(WEIGHT, lr=0.1, weight_decay=0.2), None),
+    "LBFGS": (torch.optim.LBFGS(WEIGHT), None),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas(name: str) -> None:
+    optimizer, expected = FORMULAS[name]
+    assert equilibrium_angle(optimizer, optimizer.param_groups[0]) == pytest.approx(expected)
+
+
+def test_effective_learning_rates() -> None:
+    assert norm_power(torch.optim.SGD(WEIGHT)) == 2
+    assert norm_power(torch.optim.AdamW(WEIGHT)) == 1
+    assert effective_lr(0.3, 9.0, 2) == pytest.approx(0.3 / 9)
+    assert effective_lr(0.3, 9.0, 1) == pytest.approx(0.1)
+    assert effective_lr(0.3, 0.0, 1) == math.inf
+    assert math.isnan(learning_rate({"params": []}))
+
+
+TRAINED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5, betas=(0.9, 0.99)),
+    "AdamW with little momentum": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5, betas=(0.5, 0.99)),
+    "SGDM": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, weight_decay=0.02),
+    "SGDM with dampening": lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9, dampening=0.5, weight_decay=0.02),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_network_trained_to_equilibrium_turns_as_predicted(name: str) -> None:
+    """A layer before a normalisation without parameters, on noise; 2 % is ten times better than needed to tell."""
+    layer, normalisation = nn.Linear(32, 64, bias=False), nn.BatchNorm1d(64, affine=False)
+    model = nn.Sequential(layer, normalisation)
+    optimizer = TRAINED[name](model.parameters())
+    tracker = NormTracker(NormOptions(rotation=True), {})
+    turns: list[float] = []
+    for step in range(1500):
+        x, noise = torch.randn(32, 32), torch.randn(32, 64)
+        if step >= 700:
+            tracker.begin(step, model, [optimizer], None, step)
+        optimizer.zero_grad()
+        (-(model(x) * noise).mean()).backward()
+        optimizer.step()
+        if step >= 700:
+            metrics = tracker.observe().metrics
+            turns.append(metrics["angular_update/0"])
+            predicted = metrics["angular_equilibrium/0"]
+    measured = math.sqrt(sum(turn**2 for turn in turns) / len(turns))
+    assert measured == pytest.approx(predicted, rel=0.02)
+    norm = layer.weight.norm().item()
+    power = 2 if name.startswith("SGD") else 1
+    assert metrics["effective_lr/0"] == pytest.approx(optimizer.param_groups[0]["lr"] / norm**power, rel=0.1)
