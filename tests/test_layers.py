@@ -36,7 +36,6 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "convert.radius",
     "decay.arithmetic",
     "decay.penalty",
-    "decay.ways",
     "extras",
     "monitor.options",
     "monitor.quantities",

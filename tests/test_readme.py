@@ -28,10 +28,13 @@ def test_yaml_blocks_parse_and_name_what_exists(text: str) -> None:
             found = getattr(found, name)
 
 
-def test_links_and_pictures_are_there() -> None:
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (root / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "tests/README.md"])
+def test_links_and_pictures_are_there(page: str) -> None:
+    path = Path(__file__).parent.parent / page
+    targets = re.findall(r"\]\(((?!http)[^)#]+)\)", path.read_text())
+    assert targets
+    for target in targets:
+        assert (path.parent / target).exists(), target
 
 
 def test_named_tests_are_there() -> None:

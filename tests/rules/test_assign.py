@@ -366,8 +366,8 @@ def test_a_model_without_parameters():
             "[{nam: a}]",
             ValueError,
             "There is no preset '[{nam: a}]'. If it is meant as a list of rules, one of their keys or values is wrong. "
-            "Presets: 'default', 'per_matrix', 'exempt', 'fully_connected', 'cnn', 'weaker_before_norm', 'transformer', "
-            "'rnn'.",
+            "Presets: 'default', 'per_matrix', 'exempt', 'fully_connected', 'cnn', 'weaker_before_norm', "
+            "'transformer', 'rnn'.",
         ),
         ([], ValueError, "rules is empty. Give at least one rule, or the preset 'default'."),
         (None, TypeError, "rules must be the name of a preset or a list of rules, got None."),
