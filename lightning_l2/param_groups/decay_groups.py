@@ -57,7 +57,7 @@ class DecayGroups:
         self.is_scheduled = False
         self._optimizer = weakref.ref(optimizer)
         self._bases: Bases | None = None
-        self._configured: Sequence[tuple[Any, float]] = ()
+        self._configured: Sequence[tuple[tuple[Any, ...], float]] = ()
         self._families: dict[int, _Family] = {}
         self._multiplier = 1.0
         self._absolute: tuple[float, float] | None = None
@@ -113,27 +113,26 @@ class DecayGroups:
         """Return the parts of each of the user's groups; as often as every step, so it is to be cheap."""
         parents = self._swap.users or self.optimizer.param_groups
         known = self._families
-        families = []
+        families, is_new = [], len(known) != len(parents)
         for index, parent in enumerate(parents):
             family = known.get(id(parent))
             if family is None or not family.fits(parent):
-                family = self._make(index, parent)
-                self._version += 1
+                family, is_new = self._make(index, parent), True
             elif self._bases is not None and parent.get("weight_decay") is not family.written:
                 self._tell_of_writing(family)
             families.append(family)
-        if len(known) != len(families) or any(known.get(id(one.parent)) is not one for one in families):
+        if is_new:
             self._families = {id(one.parent): one for one in families}
             self._version += 1
         return [family.groups for family in families]
 
-    def decide(self, bases: Bases | None, configured: Sequence[tuple[Any, float]] = ()) -> None:
+    def decide(self, bases: Bases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
         """Let rules decide on the base lambdas, or, with None, take the groups as they are.
 
         Args:
             bases: Knows the base of each parameter.
-            configured: For each of the user's groups the weight decay that it has now, since a checkpoint was restored,
-                and the one that holds instead until somebody writes to it.
+            configured: For each of the user's groups what it may say of weight decay since a checkpoint was restored,
+                and the one that holds instead until somebody writes something else.
         """
         self._bases, self._configured = bases, configured
         self._families = {}

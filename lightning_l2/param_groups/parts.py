@@ -107,7 +107,8 @@ class DecayGroup:
     @property
     def weight_decay(self) -> Any:
         """Lambda in force, in the coming step."""
+        base = self.base if self.given is None else self.given  # every step asks
         if self.absolute is not None:
             value, strongest = self.absolute
-            return value * (self.base / strongest) if strongest else 0.0
-        return self.base * self.multiplier if self.multiplier != 1.0 else self.base
+            return value * (base / strongest) if strongest else 0.0
+        return base * self.multiplier if self.multiplier != 1.0 else base
