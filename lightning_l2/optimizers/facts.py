@@ -31,7 +31,7 @@ DECOUPLED_FLAG = "decoupled_weight_decay"
 
 def torch_class(optimizer: Optimizer) -> str | None:
     """Return the name of the torch class whose step an optimizer runs, None if it runs another one."""
-    if not _is_of_torch(type(optimizer).step):
+    if not _is_of_torch(getattr(type(optimizer), "step", None)):
         return None
     return next((cls.__name__ for cls in type(optimizer).__mro__ if _is_of_torch(cls)), None)
 
@@ -82,4 +82,4 @@ def ascent_sign(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
 
 
 def _is_of_torch(thing: Any) -> bool:
-    return f"{thing.__module__}.".startswith("torch.optim.")
+    return f"{getattr(thing, '__module__', '')}.".startswith("torch.optim.")

@@ -51,6 +51,7 @@ class GroupSwap:
         self.in_step: dict[str, Any] = {}
         self.users: list[dict[str, Any]] | None = None
         self._groups = groups
+        self._is_torchs = torch_class(groups.optimizer) is not None
         self._given: list[_Given] = []
         # groups, and what they have outside of an update
         self._hidden: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -69,7 +70,8 @@ class GroupSwap:
                 continue
             children = self._parts(family)
             standing += children
-            if children[0] is not parent:
+            # torch's own optimizers read all groups, and write nothing into them
+            if not self._is_torchs and children[0] is not parent:
                 self._given.append(_Given(parent, family, children))
         self.users = list(optimizer.param_groups)
         optimizer.param_groups[:] = standing
@@ -117,8 +119,7 @@ class GroupSwap:
         for group in family:
             child = group.child
             if child is None:
-                # torch's own optimizers read all groups
-                child = group.child = _Noting() if torch_class(self._groups.optimizer) is None else {}
+                child = group.child = {} if self._is_torchs else _Noting()
             elif len(child) != len(parent):
                 child.clear()
             child.update(parent)
