@@ -15,7 +15,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """What a Trainer leaves in the environment, such as its rank, must not keep the next one from starting processes."""
+    """What a Trainer leaves in the environment, such as its rank, keeps the next one from starting processes."""
     before = set(os.environ)
     yield
     for name in set(os.environ) - before:
