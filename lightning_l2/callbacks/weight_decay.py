@@ -233,10 +233,8 @@ class WeightDecay(Callback):
         if self._fit is None:
             return
         decided = not self._fit.is_decided and self._fit.decide()
-        changed = (
-            self._fit.follow(optimizers_in_use(trainer, afresh=afresh)) or decided or self._fit.version != self._version
-        )
-        if changed and self._fit.is_decided:
+        has_others = self._fit.follow(optimizers_in_use(trainer, afresh=afresh), bare_optimizers(trainer))
+        if (has_others or decided or self._fit.version != self._version) and self._fit.is_decided:
             self._show(trainer, self._fit)
 
     def _show(self, trainer: pl.Trainer, decided: RuleDecay | EarlySplit) -> None:

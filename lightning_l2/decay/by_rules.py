@@ -87,20 +87,15 @@ class RuleDecay:
         self._attached: Attachments[OptimizersOwn | Way] = Attachments(self._begin, look)
         self.optimizers: list[Optimizer] = []
         self._groups: list[DecayGroups] = []
-        self._users = optimizers if users is None else users
+        self._users: Sequence[Optimizer] = optimizers if users is None else users
         self._resuming.take_over(optimizers)
         self.decide()
-        self.follow(optimizers)
+        self.follow(optimizers, users)
 
     @property
     def is_decided(self) -> bool:
         """Whether rules have decided, for which lazy parameters need a shape."""
         return self._bases is not None
-
-    @property
-    def updates(self) -> int:
-        """How many updates the optimizers have made."""
-        return sum(one.updates for one in self._groups)
 
     @property
     def version(self) -> list[int]:
@@ -116,12 +111,13 @@ class RuleDecay:
             self._decide(number, optimizer)
         return True
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Go over to other optimizers; return whether they are others."""
+    def follow(self, optimizers: Sequence[Optimizer], users: Sequence[Optimizer] | None = None) -> bool:
+        """Go over to other optimizers, within other ones of the user's; return whether they are others."""
         known = self.optimizers
         if len(known) == len(optimizers) and all(map(operator.is_, known, optimizers)):
             return False
         self.optimizers = list(optimizers)
+        self._users = optimizers if users is None else users
         self._groups = decay_groups_of(optimizers)
         return self._attached.follow(optimizers)
 

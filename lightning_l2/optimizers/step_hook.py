@@ -222,11 +222,6 @@ class Attachments(Generic[_Attached]):
         """Iterate over what is attached, in the order of the optimizers."""
         return iter(self._attached)
 
-    def of(self, optimizer: Any) -> _Attached | None:
-        """Return what is attached to an optimizer."""
-        pairs = zip(self._optimizers, self._attached, strict=True)
-        return next((attached for one, attached in pairs if one is optimizer), None)
-
     def remove(self) -> None:
         """Take everything off."""
         if self in _WATCHING:

@@ -133,7 +133,6 @@ def test_two_optimizers_of_one_module() -> None:
     ]
     left = still(model, *optimizers)
     assert (left["0.weight"], left["2.weight"]) == pytest.approx((1 - LR * LAMBDA,) * 2, rel=1e-12)
-    assert decay.updates == 2
 
 
 def test_the_version_changes_with_the_groups() -> None:
@@ -207,3 +206,13 @@ def test_an_optimizer_of_parameters_from_before_the_module_was_sharded(mesh: Any
         ValueError, match=r"None of the 2 parameters of SGD belongs to the module.*configure_optimizers"
     ):
         RuleDecay(model, [optimizer], LAMBDA)
+
+
+def test_an_optimizer_over_fewer_parameters_takes_the_place_of_another() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    decay = RuleDecay(model, [torch.optim.SGD(model.parameters(), lr=0.1)], 0.1)
+    assert len(decay.weight_decay()) == 4
+    decay.follow([torch.optim.SGD(model[1].parameters(), lr=0.1)])
+    assert decay.weight_decay() == {"1.weight": 0.1, "1.bias": 0.0}
+    assert sum(row.tensors for row in decay.summary()) == 2
+    decay.remove()
