@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_l2.decay import attach_decay
+from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn, gradients_are_complete, tell_once, updates_of
 from tests.param_groups.others import Spy, in_force, ones
 
@@ -336,3 +337,16 @@ def test_attachments_look_before_the_first_step_of_an_optimizer_that_they_do_not
     known.step()
     fresh.step()
     assert (log, looks) == ([], [1])
+
+
+def test_pre_hooks_that_come_late_find_the_users_groups_in_steps_without_a_closure() -> None:
+    weight, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight, bias], lr=0.1)
+    model = torch.nn.ParameterDict({"weight": weight, "bias": bias})
+    decay = RuleDecay(model, [optimizer], 0.1, look=lambda: None)
+    seen: list[int] = []
+    optimizer.register_step_pre_hook(lambda one, args, kwargs: seen.append(len(one.param_groups)))
+    for _ in range(2):
+        optimizer.step()
+    decay.remove()
+    assert seen == [1, 1]
