@@ -14,13 +14,14 @@ from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.attach import Apply, check_options
 from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.decay.early import EarlySplit
+from lightning_l2.decay.rounding import Rounding
 from lightning_l2.param_groups.resume import OnResume, Resuming
 from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
 from lightning_l2.rules.assign import decayed_exemptions, resolve_rules
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule, check_weight_decay
-from lightning_l2.trainer.callback import Callback, IdleWatch, check_alone
-from lightning_l2.trainer.length import training_setup
+from lightning_l2.trainer.callback import Callback, IdleWatch, check_alone, global_seed
+from lightning_l2.trainer.length import known_steps, training_setup
 from lightning_l2.trainer.optimizers import (
     bare_optimizers,
     on_optimizers_configured,
@@ -50,6 +51,9 @@ class WeightDecay(Callback):
         rules: A preset's name, or rules in order: the first that matches a parameter decides.
         apply: How lambda acts: the `"optimizer"`'s own way, `"coupled"`, `"decoupled"`, `"independent"` of the learning
             rate, or `"cautious"`; see `lightning_l2.decay`.
+        rounding: How decay is rounded to the number format of the weights: to the `"nearest"`, as torch does, or so
+            that small decay is not lost in bf16 and fp16, `"accumulate"` or `"stochastic"`; see
+            `lightning_l2.decay.rounding`. Random numbers are seeded with that of `seed_everything`.
         on_resume: Whose lambda holds after a resume: that of the `"config"` or of the `"checkpoint"`; or an `"error"`
             if they differ.
         summary: Print a table of the groups when training starts, or of all `"parameters"`.
@@ -75,6 +79,7 @@ class WeightDecay(Callback):
         *,
         rules: str | list[DecayRule | str] = "default",
         apply: Apply = "optimizer",
+        rounding: Rounding = "nearest",
         on_resume: OnResume = "config",
         summary: bool | Literal["parameters"] = True,
         summary_file: str | Path | None = None,
@@ -87,9 +92,10 @@ class WeightDecay(Callback):
             check_weight_decay(weight_decay, "WeightDecay's `weight_decay`")
         if summary not in (True, False, "parameters"):
             raise ValueError(f"Expected `summary` to be True, False or 'parameters', got {summary!r}.")
-        check_options(apply, before_clipping, peak_lr)
+        check_options(apply, before_clipping, peak_lr, rounding)
         self.weight_decay = weight_decay
         self.apply = apply
+        self.rounding = rounding
         self.on_resume = on_resume
         self.print_summary = summary
         self.summary_file = summary_file
@@ -98,9 +104,9 @@ class WeightDecay(Callback):
         self._fit: RuleDecay | None = None
         self._early: EarlySplit | None = None
         self._summary: list[GroupSummary] | None = None
+        self._version: list[int] = []
         self._resuming = Resuming(on_resume)
-        # of a checkpoint, what an optimizer has made different within one of the user's groups, by the part's name
-        self._options: dict[str, dict[str, Any]] = {}
+        self._restored: dict[str, Any] = {}
         # base lambda by parameter name
         self._weight_decay: dict[str, float] = {}
 
@@ -123,7 +129,7 @@ class WeightDecay(Callback):
             return
         check_alone(trainer, self, "Keep one, and put both into one list of rules: WeightDecay(rules=[...]).")
         self._release()
-        self._resuming, self._options = Resuming(self.on_resume), {}
+        self._resuming, self._restored = Resuming(self.on_resume), {}
         if splits_early(trainer):
             on_optimizers_configured(pl_module, partial(self._split_early, trainer, pl_module))
 
@@ -147,7 +153,6 @@ class WeightDecay(Callback):
         if self._early is not None:
             self._early.begin(bare_optimizers(trainer))
             self._summary = None
-            self._show(trainer, self._early)
             return
         self._fit = RuleDecay(
             pl_module,
@@ -157,16 +162,22 @@ class WeightDecay(Callback):
             apply=self.apply,
             before_clipping=self.before_clipping,
             peak_lr=self.peak_lr,
+            rounding=self.rounding,
+            seed=global_seed(),
             resuming=self._resuming,
             users=bare_optimizers(trainer),
             root=trainer.model,
             look=partial(self._follow, trainer),
         )
-        self._fit.restore_options(self._options)
+        self._fit.load_state_dict(self._restored)
         self._idle = IdleWatch(trainer)
         self._summary, self._version = None, self._fit.version
-        if self._fit.is_decided:
-            self._show(trainer, self._fit)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show what was decided, now that all schedules have begun."""
+        decided = self._early or self._fit
+        if self._summary is None and decided is not None and decided.is_decided:
+            self._show(trainer, decided)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Follow optimizers that were set up anew, and groups that changed since."""
@@ -196,9 +207,14 @@ class WeightDecay(Callback):
             self._idle.count(trainer, batch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notice the same at the end of a short training."""
-        if self._fit is not None:
-            self._idle.end(trainer)
+        """Notice the same at the end of a short training, and say what decay has left."""
+        if self._fit is None:
+            return
+        self._idle.end(trainer)
+        left = {name: left for name, left in self._fit.left().items() if left != 1}
+        if self.print_summary and left:
+            shares = ", ".join(f"{left:.3g} of {name!r}" for name, left in left.items())
+            rank_zero_info(f"Weight decay by itself has left of the weights: {shares}.")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the optimizers alone."""
@@ -212,13 +228,11 @@ class WeightDecay(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the base lambdas."""
+        """Keep the base lambdas, and what else a resumed training needs."""
         if self._fit is not None and self._fit.is_decided:
             self._weight_decay = self._fit.weight_decay()
-        state: dict[str, Any] = {"weight_decay": dict(self._weight_decay)}
-        if self._fit is not None and (options := self._fit.options()):
-            state["options"] = options
-        checkpoint.setdefault("callbacks", {})[self.state_key] = state
+        state = {} if self._fit is None else self._fit.state_dict()
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {"weight_decay": dict(self._weight_decay), **state}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -227,7 +241,7 @@ class WeightDecay(Callback):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         self._resuming.has_restored = True
         self._resuming.restored = None if state is None else dict(state["weight_decay"])
-        self._options = {} if state is None else state.get("options", {})
+        self._restored = state or {}
 
     def _follow(self, trainer: pl.Trainer, *, afresh: bool = True) -> None:
         if self._fit is None:
@@ -239,15 +253,19 @@ class WeightDecay(Callback):
 
     def _show(self, trainer: pl.Trainer, decided: RuleDecay | EarlySplit) -> None:
         """Say what was decided, if it is something else than before."""
-        self._weight_decay, summary = decided.weight_decay(), decided.summary()
-        self._version = decided.version if isinstance(decided, RuleDecay) else []
+        self._weight_decay, summary = decided.weight_decay(), decided.summary(known_steps(trainer))
+        self._version = decided.version
         self._tell_differences()
-        if not trainer.is_global_zero or summary == self._summary:
-            self._summary = summary
+        known, self._summary = self._summary, summary
+        if not trainer.is_global_zero or known == summary:
             return
-        self._summary = summary
+        for text in decided.warnings(summary):
+            rank_zero_warn(text)
         if self.print_summary:
             print_table(*table(summary, per_parameter=self.print_summary == "parameters"))
+            for row in summary:
+                if row.outlook is not None and (remark := row.outlook.remark()):
+                    rank_zero_info(remark)
         if self.summary_file is not None:
             _write(self.summary_file, summary)
 

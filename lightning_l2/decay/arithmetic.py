@@ -12,6 +12,8 @@ from lightning_l2.sharding import local_part
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from lightning_l2.decay.rounding import Share, Stochastic
+
 
 @torch.no_grad()
 def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -> None:
@@ -41,50 +43,55 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -
 
 
 @torch.no_grad()
-def scale(families: Iterable[Iterable[Tensor]], strengths: Iterable[float | Tensor]) -> None:
-    """Scale in place: w <- (1 - strength) w, where there is a gradient, of a sparse one only its rows.
+def scale(shares: Iterable[tuple[Iterable[Tensor], Share]], rounding: Stochastic | None = None) -> None:
+    r"""Scale in place: $w \leftarrow (1 - s) w$, where there is a gradient, of a sparse one only its rows.
 
     Args:
-        families: Lists of parameters.
-        strengths: One for each list.
+        shares: Lists of parameters w, and the share s of each list.
+        rounding: How to round, None for the nearest.
     """
     params: list[Tensor] = []
-    of_each: list[float | Tensor] = []
-    for family, strength in zip(families, strengths, strict=True):
-        if isinstance(strength, Tensor) or strength != 0:
+    of_each: list[Share] = []
+    for family, share in shares:
+        if isinstance(share, Tensor) or share != 0:
             for param in family:
                 if param.grad is not None:
                     params.append(param)
-                    of_each.append(strength)
+                    of_each.append(share)
     if not params:
         return
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
-    factors = [1 - strength for strength in of_each if not isinstance(strength, Tensor)]
-    # The CPU's foreach kernel rounds 1 - strength to the dtype of the weights first: to 1, in bfloat16.
-    if len(factors) == len(weights) and not any(weight.is_cpu and weight.element_size() < 4 for weight in weights):
+    factors = [1 - share for share in of_each if not isinstance(share, Tensor)]
+    if rounding is not None:
+        rounding.subtract(real_parts(weights), real_parts(weights), of_each)
+    # The CPU's foreach kernel rounds 1 - s to the dtype of the weights first: to 1, in bfloat16.
+    elif len(factors) == len(weights) and not any(weight.is_cpu and weight.element_size() < 4 for weight in weights):
         if len(set(factors)) == 1:
             torch._foreach_mul_(weights, factors[0])
         else:
             torch._foreach_mul_(weights, factors)
     else:
-        for weight, strength in zip(weights, of_each, strict=True):
-            if isinstance(strength, Tensor):
-                weight.addcmul_(weight, strength.to(weight.device, weight.dtype), value=-1)
+        for weight, share in zip(weights, of_each, strict=True):
+            if isinstance(share, Tensor):
+                weight.addcmul_(weight, share.to(weight.device, weight.dtype), value=-1)
             else:
-                weight.mul_(1 - strength)
+                weight.mul_(1 - share)
     write(params, rows, weights)
 
 
 @torch.no_grad()
-def decay_from(before: list[Tensor], weights: list[Tensor], strength: float | Tensor, *, masked: bool) -> None:
-    """Subtract in place: w <- w - strength mask w_before; the mask is 1 where the update does not oppose w_before.
+def decay_from(
+    before: list[Tensor], weights: list[Tensor], share: Share, *, masked: bool, rounding: Stochastic | None = None
+) -> None:
+    r"""Subtract in place: $w \leftarrow w - s\,m\,w_0$, the mask m being 1 where the update does not oppose $w_0$.
 
     Args:
-        before: The weights before the update; real, as complex ones are seen by their parts.
+        before: The weights before the update, $w_0$; real, as complex ones are seen by their parts.
         weights: The weights after it, changed in place.
-        strength: Eta lambda.
+        share: Share s, eta lambda.
         masked: Whether to mask at all.
+        rounding: How to round, None for the nearest.
     """
     decays = before
     if masked:
@@ -96,11 +103,13 @@ def decay_from(before: list[Tensor], weights: list[Tensor], strength: float | Te
         torch._foreach_add_(decays, 1)
         torch._foreach_clamp_max_(decays, 1)
         torch._foreach_mul_(decays, before)
-    if isinstance(strength, Tensor):
+    if rounding is not None:
+        rounding.subtract(weights, decays, [share] * len(weights))
+    elif isinstance(share, Tensor):
         for weight, decay in zip(weights, decays, strict=True):
-            weight.addcmul_(decay, strength.to(weight.device, weight.dtype), value=-1)
+            weight.addcmul_(decay, share.to(weight.device, weight.dtype), value=-1)
     else:
-        torch._foreach_add_(weights, decays, alpha=-strength)
+        torch._foreach_add_(weights, decays, alpha=-share)
 
 
 def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ import math
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from lightning_l2.decay.arithmetic import is_zero
+from lightning_l2.decay.rounding import Accumulate, Rounding, Stochastic
 from lightning_l2.decay.ways import Compared, Coupled, OptimizersOwn, PeakLR, Scaled, Way, peak_of
 from lightning_l2.optimizers.facts import (
     DECOUPLED_FLAG,
@@ -42,7 +43,13 @@ FEW = 16
 
 
 def attach_decay(
-    optimizer: Optimizer, apply: Apply, *, before_clipping: bool = False, peak_lr: PeakLR = None
+    optimizer: Optimizer,
+    apply: Apply,
+    *,
+    before_clipping: bool = False,
+    peak_lr: PeakLR = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
 ) -> OptimizersOwn | Way:
     """Make `optimizer.step()` apply each group's `weight_decay` in the way `apply` names, until the handle is removed.
 
@@ -68,6 +75,8 @@ def attach_decay(
             `before_clipping()`, between unscaling and clipping. A step without that call gets it after clipping.
         peak_lr: With `independent`: eta_max, to keep the learning-rate schedule (lambda eta/eta_max); "initial" takes
             each group's `max_lr` or `initial_lr`, which torch's schedulers write. None: lambda alone.
+        rounding: How decay of the weights themselves is rounded to their number format; see `decay.rounding`.
+        seed: Of the random numbers of stochastic rounding.
 
     Returns:
         A handle, whose `remove()` ends it.
@@ -86,16 +95,19 @@ def attach_decay(
     >>> w.detach(), optimizer.param_groups[0]["weight_decay"]
     (tensor([0.5000, 0.5000]), 0.5)
     """
-    check_options(apply, before_clipping, peak_lr)
-    if decay_groups(optimizer).has_way:
+    check_options(apply, before_clipping, peak_lr, rounding)
+    if decay_groups(optimizer).way is not None:
         raise RuntimeError(
             f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
             "Remove the first one with its handle's `remove()`."
         )
     if apply == "optimizer":
         _check_own(optimizer)
-        return OptimizersOwn(optimizer, {})
-    is_few = len(decay_groups(optimizer).unnamed()) <= FEW
+        if rounding == "nearest":
+            return OptimizersOwn(optimizer, {})
+        _check_rounds(optimizer, rounding)
+        apply = "decoupled"
+    is_few = len(decay_groups(optimizer).unnamed()) <= FEW and rounding == "nearest"
     if apply == own_way(optimizer) and not before_clipping and (is_few or not _is_attachable(optimizer)):
         return OptimizersOwn(optimizer, {})
     _check_attachable(optimizer, apply)
@@ -107,10 +119,13 @@ def attach_decay(
     # these directions depend on the weights, so the weights must not have decayed before the update
     depends_on_weights = torch_class(optimizer) in ("LBFGS", "Adafactor")
     steps = Compared if apply == "cautious" or depends_on_weights else Scaled
-    return steps(optimizer, apply, peak_lr)
+    attached = steps(optimizer, apply, peak_lr)
+    if rounding != "nearest":
+        attached.rounding = Accumulate(attached.groups) if rounding == "accumulate" else Stochastic(seed)
+    return attached
 
 
-def check_options(apply: Apply, before_clipping: bool, peak_lr: PeakLR) -> None:
+def check_options(apply: Apply, before_clipping: bool, peak_lr: PeakLR, rounding: Rounding = "nearest") -> None:
     """Check the options of `attach_decay`, as soon as they are known.
 
     Raises:
@@ -121,6 +136,18 @@ def check_options(apply: Apply, before_clipping: bool, peak_lr: PeakLR) -> None:
     if before_clipping and apply != "coupled":
         raise ValueError(
             f"`before_clipping` goes with apply='coupled' only, got apply={apply!r}: no other way adds to the gradient."
+        )
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"Unknown rounding={rounding!r}. Choose one of {', '.join(map(repr, get_args(Rounding)))}.")
+    if rounding != "nearest" and apply == "coupled":
+        raise ValueError(
+            f"rounding={rounding!r} does nothing for apply='coupled', where the gradient carries the decay. "
+            "Leave it out, or choose apply='decoupled'."
+        )
+    if rounding == "accumulate" and apply == "cautious":
+        raise ValueError(
+            "rounding='accumulate' can't save up for apply='cautious', which chooses weights anew in each step. "
+            "Choose rounding='stochastic'."
         )
     if peak_lr is None:
         return
@@ -142,6 +169,14 @@ def _check_own(optimizer: Optimizer) -> None:
         raise TypeError(
             f"`param_groups` of {type(optimizer).__name__} is made anew each time that it is read, so lambda can't be "
             "put there. Keep the optimizers that it is made of in its attributes, or choose apply='decoupled'."
+        )
+
+
+def _check_rounds(optimizer: Optimizer, rounding: Rounding) -> None:
+    if own_way(optimizer) != "decoupled":
+        raise ValueError(
+            f"rounding={rounding!r} does nothing for {type(optimizer).__name__}, which is not known to take decay from "
+            "the weights themselves. Leave it out, or choose apply='decoupled'."
         )
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.decay.attach import Apply, attach_decay, check_groups, check_options
+from lightning_l2.decay.ways import OnWeights
 from lightning_l2.optimizers.step_hook import Attachments
 from lightning_l2.param_groups.bases import RuleBases
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.param_groups.resume import Resuming
+from lightning_l2.param_groups.shrinkage import Shrinkage, count_shrinkage
 from lightning_l2.param_groups.summary import GroupSummary, summarize
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.sharding import is_sharded
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from lightning_l2.decay.rounding import Rounding
     from lightning_l2.decay.ways import OptimizersOwn, PeakLR, Way
     from lightning_l2.rules.assign import Rules
 
@@ -40,6 +43,8 @@ class RuleDecay:
         apply: How lambda acts; see `attach_decay`, also for the options that go with it.
         before_clipping: As of `attach_decay`.
         peak_lr: As of `attach_decay`.
+        rounding: As of `attach_decay`.
+        seed: As of `attach_decay`.
         resuming: Knows what a checkpoint says.
         users: The user's optimizers, which may wrap these.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
@@ -69,12 +74,14 @@ class RuleDecay:
         apply: Apply = "optimizer",
         before_clipping: bool = False,
         peak_lr: PeakLR = None,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
         resuming: Resuming | None = None,
         users: Sequence[Optimizer] | None = None,
         root: nn.Module | None = None,
         look: Callable[[], Any] | None = None,
     ) -> None:
-        check_options(apply, before_clipping, peak_lr)
+        check_options(apply, before_clipping, peak_lr, rounding)
         self._model = model
         self._apply = apply
         self._peak_lr = peak_lr
@@ -83,8 +90,11 @@ class RuleDecay:
         base = weight_decay if callable(weight_decay) else lambda group: weight_decay
         self._make_bases = partial(RuleBases, model, rules, base, self._resuming, root)
         self._bases: RuleBases | None = None
-        self._attach = partial(attach_decay, apply=apply, before_clipping=before_clipping, peak_lr=peak_lr)
+        self._attach = partial(
+            attach_decay, apply=apply, before_clipping=before_clipping, peak_lr=peak_lr, rounding=rounding, seed=seed
+        )
         self._attached: Attachments[OptimizersOwn | Way] = Attachments(self._begin, look)
+        self._counts: Attachments[Shrinkage] = Attachments(lambda _, optimizer: count_shrinkage(optimizer))
         self.optimizers: list[Optimizer] = []
         self._groups: list[DecayGroups] = []
         self._users: Sequence[Optimizer] = optimizers if users is None else users
@@ -119,11 +129,16 @@ class RuleDecay:
         self.optimizers = list(optimizers)
         self._users = optimizers if users is None else users
         self._groups = decay_groups_of(optimizers)
+        self._counts.follow(optimizers)
         return self._attached.follow(optimizers)
 
-    def summary(self) -> list[GroupSummary]:
-        """Describe the groups, in all optimizers."""
-        return summarize(group for one in self._whole() for group in one.groups)
+    def summary(self, steps: int | None = None) -> list[GroupSummary]:
+        """Describe the groups, in all optimizers.
+
+        Args:
+            steps: How many steps the training has, for what decay does over it.
+        """
+        return summarize(self._whole(), steps)
 
     def weight_decay(self) -> dict[str, float]:
         """Return the base lambda of each parameter that a rule decided on, by name.
@@ -149,25 +164,47 @@ class RuleDecay:
             one.decide(self._bases, self._resuming.configured(one.optimizer, self._users))
         return found
 
-    def options(self) -> dict[str, dict[str, Any]]:
-        """Return what the optimizers have made different within one of the user's groups, by the part's name.
+    def warnings(self, summary: Sequence[GroupSummary]) -> list[str]:
+        """Return what may be a mistake in what `summary` has returned; what rounds away is not told again later."""
+        outlooks = [row.outlook for row in summary if row.outlook is not None]
+        for count in self._counts:
+            count.told.update(outlook.group for outlook in outlooks if outlook.is_lost)
+        return [text for outlook in outlooks for text in outlook.warnings()]
 
-        The groups hold one value for all parts, so a checkpoint of the optimizer doesn't have these.
+    def left(self) -> dict[str, float]:
+        """Return what decay has left of the weights, by the names of the groups for which it is known."""
+        return {name: left for count in self._counts for name, left in count.left().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs, beside the optimizers' own states.
+
+        These are `options` that the optimizers have made different within one of the user's groups, which holds one
+        value for all parts; what decay has `left`; and what `rounding` goes on with.
         """
         parts = [group for one in self._groups for group in one.groups if group.own_options]
-        return {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
+        options = {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
+        rounding = [one.rounding.state_dict() for one in self._attached if isinstance(one, OnWeights) and one.rounding]
+        state = {"options": options, "left": self.left(), "rounding": rounding}
+        return {key: value for key, value in state.items() if value}
 
-    def restore_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take up what `options` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        options = state.get("options", {})
         for group in (group for one in self._groups for group in one.groups):
             known = {key: own for key, own in options.get(group.name, {}).items() if key in group.parent}
             group.own_options.update({key: (own, group.parent[key]) for key, own in known.items()})
+        for count in self._counts:
+            count.go_on(state.get("left", {}))
+        rounding = [one.rounding for one in self._attached if isinstance(one, OnWeights) and one.rounding]
+        for one, own in zip(rounding, state.get("rounding", ()), strict=False):
+            one.load_state_dict(own)
 
     def remove(self) -> None:
         """Leave the optimizers alone."""
         for optimizer in (*self.optimizers, *self._users):
             decay_groups(optimizer).decide(None)
         self._attached.remove()
+        self._counts.remove()
         self.optimizers = []
 
     def _begin(self, number: int, optimizer: Optimizer) -> OptimizersOwn | Way:

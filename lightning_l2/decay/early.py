@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_l2.param_groups.bases import RuleBases
 from lightning_l2.param_groups.decay_groups import decay_groups, decay_groups_of
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from lightning_l2.param_groups.outlook import Outlook
     from lightning_l2.param_groups.resume import Resuming
     from lightning_l2.rules.assign import Rules
 
@@ -57,11 +58,14 @@ class EarlySplit:
         found = decay_groups_of(optimizers)
         for one in found:
             one.decide(bases)
-        self._summary = summarize(group for one in found for group in one.groups)
+        self._summary = summarize(found)
         self._bases = {d.key: float(g.base) for one in found for g in one.unnamed() for d in g.decisions}
         for one in found:
             _split(one.optimizer, schedulers)
             one.decide(None)
+
+    is_decided = True
+    version: ClassVar[list[int]] = []
 
     def begin(self, optimizers: Sequence[Any]) -> None:
         """Put lambda into the groups of optimizers that were taken over, and perhaps restored with other values.
@@ -70,15 +74,27 @@ class EarlySplit:
             ValueError: If a checkpoint has several lambdas for what is one group now.
         """
         self._bases = {key: self._resuming.choose(key, value) for key, value in self._bases.items()}
-        self._summary = [replace(row, weight_decay=self._common(row)) for row in self._summary]
+        values = [self._common(row) for row in self._summary]
+        self._summary = [
+            replace(row, weight_decay=value, outlook=_changed(row, value))
+            for row, value in zip(self._summary, values, strict=True)
+        ]
         rows = {row.group: row.weight_decay for row in self._summary}
         for optimizer in optimizers:
             groups = optimizer.param_groups
             decay_groups(optimizer).fix([rows.get(g.get("name"), g.get("weight_decay", 0.0)) for g in groups])
 
-    def summary(self) -> list[GroupSummary]:
-        """Describe the groups."""
-        return self._summary
+    def summary(self, steps: int | None = None) -> list[GroupSummary]:
+        """Describe the groups.
+
+        Args:
+            steps: How many steps the training has, for what decay does over it.
+        """
+        return [replace(row, outlook=row.outlook and replace(row.outlook, steps=steps)) for row in self._summary]
+
+    def warnings(self, summary: Sequence[GroupSummary]) -> list[str]:
+        """Return what may be a mistake in what `summary` has returned."""
+        return [text for row in summary if row.outlook is not None for text in row.outlook.warnings()]
 
     def weight_decay(self) -> dict[str, float]:
         """Return the base lambda of each parameter by name."""
@@ -92,6 +108,14 @@ class EarlySplit:
                 "DeepSpeed has made the group one piece. Set on_resume='config', or use the rules of the checkpoint."
             )
         return next(iter(values.values()), row.weight_decay)
+
+
+def _changed(row: GroupSummary, value: float) -> Outlook | None:
+    if row.outlook is None:
+        return None
+    share = row.outlook.share and row.outlook.share * value / row.weight_decay
+    # DeepSpeed updates weights in fp32, whatever the module's are
+    return replace(row.outlook, first=value, last=value, share=share, vanishing=0.0)
 
 
 def _split(optimizer: Optimizer, schedulers: Iterable[Any]) -> None:

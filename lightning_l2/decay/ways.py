@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -20,15 +20,27 @@ from lightning_l2.decay.arithmetic import (
     with_gradient,
     write,
 )
+from lightning_l2.decay.rounding import Accumulate, Share, Stochastic
 from lightning_l2.norms.squared import squared_norms
-from lightning_l2.optimizers.facts import ascent_sign, reads_loss, torch_class
+from lightning_l2.optimizers.facts import (
+    DECOUPLED_FLAG,
+    ascent_sign,
+    own_share,
+    own_way,
+    reads_loss,
+    torch_class,
+)
+from lightning_l2.optimizers.facts import (
+    Way as OwnWay,
+)
 from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.param_groups.parts import DecayGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from lightning_l2.param_groups.parts import DecayGroup
 
 PeakLR: TypeAlias = float | Literal["initial"] | None
 
@@ -61,7 +73,21 @@ class OptimizersOwn:
     def __init__(self, optimizer: Optimizer, in_step: Mapping[str, Any]) -> None:
         self._groups = decay_groups(optimizer)
         self._groups.hold(self, "WeightDecay")
-        self._groups.hide(in_step)
+        self._groups.hide(in_step, self)
+        decoupled = in_step.get(DECOUPLED_FLAG)
+        self._way: OwnWay | None = own_way(optimizer)
+        if decoupled is not None:
+            self._way = "decoupled" if decoupled else "coupled"
+
+    @property
+    def rounds_away(self) -> bool:
+        """Whether decay that is too small for the number format of the weights does nothing."""
+        return self._way == "decoupled"
+
+    def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
+        """Return the share of the weights that a step takes of a group; see `own_share`."""
+        value = group.weight_decay if weight_decay is None else weight_decay
+        return own_share(self._groups.optimizer, group.parent, value, lr, self._way)
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -73,12 +99,24 @@ class Way(StepHook):
     """Decay that is put into the steps of an optimizer, whose own sees a lambda of 0; subclasses act."""
 
     turn = Turn.DECAY
+    # whether decay that is too small for the number format of the weights does nothing
+    rounds_away = False
 
     def __init__(self, optimizer: Optimizer, apply: str) -> None:
         super().__init__(optimizer, f"apply={apply!r}")
         self.groups = decay_groups(optimizer)
         self.groups.hold(self, f"apply={apply!r}")
-        self.groups.hide({"weight_decay": 0.0})
+        self.groups.hide({"weight_decay": 0.0}, self)
+
+    def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
+        """Return the share of the weights that a step takes of a group, None where that is not known.
+
+        Args:
+            group: A part of the optimizer's groups.
+            lr: The learning rate, by default the one that the group has.
+            weight_decay: Lambda, by default the one in force.
+        """
+        raise NotImplementedError
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -94,6 +132,11 @@ class Coupled(Way):
         super().__init__(optimizer, "coupled")
         self._before_clipping = before_clipping
         self._has_joined = False
+
+    def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
+        """Return that of the optimizer's own coupled decay."""
+        value = group.weight_decay if weight_decay is None else weight_decay
+        return own_share(self.optimizer, group.parent, value, lr, "coupled")
 
     def before_clipping(self) -> None:
         """Join the gradients now instead of in the step."""
@@ -126,37 +169,57 @@ class Coupled(Way):
             add_decay_gradient(group.params, strength if grad_scale is None else strength * grad_scale)
 
 
-class _OnWeights(Way):
-    """Decay of the weights themselves, of strength eta lambda or as `independent` has it."""
+class OnWeights(Way):
+    """Decay of the weights themselves, by the share eta lambda or as `independent` has it."""
 
     def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR) -> None:
         super().__init__(optimizer, apply)
+        self.rounding: Accumulate | Stochastic | None = None
         self._apply = apply
         self._peak_lr = peak_lr
 
-    def _strengths(self, groups: Sequence[DecayGroup]) -> list[float | Tensor]:
-        strengths: list[float | Tensor] = []
+    @property
+    def rounds_away(self) -> bool:  # type: ignore[override]
+        """Whether decay that is too small for the number format does nothing."""
+        return self.rounding is None
+
+    def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
+        """Return the share of the weights that a step takes of a group, of the ones that decay if only some do."""
+        value = group.weight_decay if weight_decay is None else weight_decay
+        return self._factor(group.parent, lr) * number(value)
+
+    @property
+    def _stochastic(self) -> Stochastic | None:
+        return self.rounding if isinstance(self.rounding, Stochastic) else None
+
+    def _shares(self) -> list[tuple[list[Tensor], Share]]:
+        """Return what this step takes of which parameters."""
+        groups = self.groups.unnamed()
+        shares: list[Share] = []
         parent: Mapping[str, Any] | None = None
-        factor: float | Tensor = 0.0  # what all parts of one of the user's groups have in common
+        factor: Share = 0.0  # what all parts of one of the user's groups have in common
+        found_inf = getattr(self.optimizer, "found_inf", None)
         for group in groups:
             if group.parent is not parent:
                 parent, factor = group.parent, self._factor(group.parent)
+                factor = factor if found_inf is None else (found_inf == 0) * factor
             value = group.weight_decay
-            strengths.append(factor * (value if type(value) is float else number(value)))
-        return strengths
+            shares.append(factor * (value if type(value) is float else number(value)))
+        if isinstance(self.rounding, Accumulate):
+            return self.rounding.due(shares)
+        return [(group.params, share) for group, share in zip(groups, shares, strict=True)]
 
-    def _factor(self, parent: Mapping[str, Any]) -> float | Tensor:
-        factor: float | Tensor = 1.0
+    def _factor(self, parent: Mapping[str, Any], lr: float | None = None) -> Share:
+        factor: Share = 1.0
         if self._apply != "independent" or self._peak_lr is not None:
-            factor = step_size(parent)
+            factor = step_size(parent if lr is None else {**parent, "lr": lr})
         if self._apply == "independent" and self._peak_lr is not None:
             factor = factor / peak_of(parent, self._peak_lr)
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        return factor if found_inf is None else (found_inf == 0) * factor
+        return factor
 
 
-class Scaled(_OnWeights):
-    """w <- (1 - strength) w before the update, or after that of an optimizer which moves weights to and fro."""
+class Scaled(OnWeights):
+    """w <- (1 - s) w before the update, or after that of an optimizer which moves weights to and fro."""
 
     def begin(self, *, has_closure: bool) -> None:
         """Take note of the weights, to see whether anybody moves them before the update."""
@@ -176,16 +239,15 @@ class Scaled(_OnWeights):
     def after_update(self) -> None:
         """Scale once a step."""
         if not self._done:
-            groups = self.groups.unnamed()
-            scale((group.params for group in groups), self._strengths(groups))
+            scale(self._shares(), self._stochastic)
         self._done = True
 
     def _read_versions(self) -> list[int]:
         return [param._version for group in self.optimizer.param_groups for param in group["params"]]
 
 
-class Compared(_OnWeights):
-    """w <- w - strength mask w_before after the update, with the mask of `cautious` or none."""
+class Compared(OnWeights):
+    """w <- w - s mask w_before after the update, with the mask of `cautious` or none."""
 
     def begin(self, *, has_closure: bool) -> None:
         """Copy weights that may move before the closure is called."""
@@ -205,17 +267,16 @@ class Compared(_OnWeights):
 
     def after_update(self) -> None:
         """Decay from the copies."""
-        groups = self.groups.unnamed()
-        for group, strength in zip(groups, self._strengths(groups), strict=True):
-            params = [param for param in with_gradient(group.params) if param in self._before]
+        for family, share in self._shares():
+            params = [param for param in with_gradient(family) if param in self._before]
             rows = [rows_of(param) for param in params]
             before = [self._before.pop(param) for param in params]
             if not self._with_rows:
                 before = [copy if row is None else copy[row] for copy, row in zip(before, rows, strict=True)]
             weights = read(params, rows)
             if params:
-                masked = self._apply == "cautious"
-                decay_from(real_parts(before), real_parts(weights), strength, masked=masked)
+                masked, rounding = self._apply == "cautious", self._stochastic
+                decay_from(real_parts(before), real_parts(weights), share, masked=masked, rounding=rounding)
             write(params, rows, weights)
         self._before.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -57,6 +58,41 @@ def own_way(optimizer: Optimizer) -> Way | None:
         ways: set[Way] = {"decoupled" if group[DECOUPLED_FLAG] else "coupled" for group in optimizer.param_groups}
         return ways.pop() if len(ways) == 1 else None
     return OWN_WAY.get(name or "")
+
+
+def own_share(
+    optimizer: Optimizer, group: Mapping[str, Any], weight_decay: Any, lr: float | None = None, way: Way | None = None
+) -> float | None:
+    r"""Return the share of the weights that an optimizer's own decay takes in a step.
+
+    Decoupled decay takes $\eta \lambda$, coupled decay of SGD with momentum m and dampening d, in the long run,
+    $\eta \lambda (1 - d) / (1 - m)$. With coupled decay of adaptive optimizers each weight has a share of its own.
+
+    Args:
+        optimizer: A bare torch optimizer.
+        group: One of its groups.
+        weight_decay: Lambda in force.
+        lr: The learning rate $\eta$, by default the group's.
+        way: How it decays, by default `own_way`.
+
+    Returns:
+        The share, dimensionless; None where there is none, or a device alone knows it.
+
+    >>> import torch
+    >>> sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.5)
+    >>> own_share(sgd, sgd.param_groups[0], 0.5)
+    0.1
+    """
+    way = way or own_way(optimizer)
+    is_sgd = torch_class(optimizer) == "SGD"
+    if way is None or is_schedule_free(optimizer) or (way == "coupled" and not is_sgd):
+        return None
+    factors = [group["lr"] if lr is None else lr, weight_decay]
+    if way == "coupled" and group["momentum"]:
+        factors.append((1 - group["dampening"]) / (1 - group["momentum"]))
+    if any(getattr(factor, "is_cuda", False) for factor in factors):
+        return None
+    return math.prod(map(float, factors))
 
 
 def has_decoupled_flag(optimizer: Optimizer) -> bool:

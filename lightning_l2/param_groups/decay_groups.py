@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_l2.optimizers.facts import own_share, own_way
 from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.optimizers.step_hook import step_of
 from lightning_l2.param_groups.names import Owner, unique_names
-from lightning_l2.param_groups.parts import UNASSIGNED, Bases, DecayGroup, Decision
+from lightning_l2.param_groups.parts import UNASSIGNED, Acting, Bases, DecayGroup, Decision
 from lightning_l2.param_groups.update import GroupSwap
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class DecayGroups:
     Attributes:
         number: The optimizer's index among those of the module.
         updates: How many updates were made while the groups were held.
-        has_way: Whether somebody has attached a way to decay.
+        way: The way to decay that somebody has attached, None for the optimizer's own.
         is_scheduled: Whether a schedule has written multipliers.
     """
 
@@ -53,7 +54,7 @@ class DecayGroups:
         self.number = 0
         self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
         self.updates = 0
-        self.has_way = False
+        self.way: Acting | None = None
         self.is_scheduled = False
         self._optimizer = weakref.ref(optimizer)
         self._bases: Bases | None = None
@@ -126,6 +127,28 @@ class DecayGroups:
             self._version += 1
         return [family.groups for family in families]
 
+    def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> float | None:
+        """Return the share of its weights that decay takes of a part in a step, at most.
+
+        Args:
+            group: The part.
+            lr: The learning rate, by default that of its group.
+            weight_decay: Lambda, by default the one in force.
+
+        Returns:
+            The share, dimensionless; None where there is none, or a device alone knows it.
+        """
+        if self.way is None:
+            value = group.weight_decay if weight_decay is None else weight_decay
+            return own_share(self.optimizer, group.parent, value, lr)
+        share = self.way.share(group, lr, weight_decay)
+        return share if isinstance(share, float) else None
+
+    @property
+    def rounds_away(self) -> bool:
+        """Whether decay that is too small for the number format of the weights does nothing."""
+        return own_way(self.optimizer) == "decoupled" if self.way is None else self.way.rounds_away
+
     def decide(self, bases: Bases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
         """Let rules decide on the base lambdas, or, with None, take the groups as they are.
 
@@ -161,13 +184,14 @@ class DecayGroups:
         if self._fixed:
             self.write()
 
-    def hide(self, in_step: Mapping[str, Any] | None) -> None:
+    def hide(self, in_step: Mapping[str, Any] | None, way: Acting | None = None) -> None:
         """Let the optimizer see other options than the groups have, wherever they have them, while it updates.
 
         Args:
             in_step: The options, perhaps none, of the way that decay acts in; None once there is no way attached.
+            way: That way.
         """
-        self.has_way = in_step is not None
+        self.way = way
         self._swap.in_step = dict(in_step or {})
 
     def hold(self, holder: object, asks: str) -> None:

@@ -47,6 +47,25 @@ class Bases(Protocol):
         """
 
 
+class Acting(Protocol):
+    """A way in which decay acts."""
+
+    @property
+    def rounds_away(self) -> bool:
+        """Whether decay that is too small for the number format of the weights does nothing."""
+
+    def share(
+        self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None
+    ) -> float | Tensor | None:
+        """Return the share of the weights that a step takes of a group, None where that is not known.
+
+        Args:
+            group: A part of the optimizer's groups.
+            lr: The learning rate, by default the one that the group has.
+            weight_decay: Lambda, by default the one in force.
+        """
+
+
 @dataclass(eq=False)
 class DecayGroup:
     """Parameters of one of the user's groups that decay alike.
@@ -59,6 +78,7 @@ class DecayGroup:
         configured: The parent's weight decay as a checkpoint restored it, and what holds until somebody changes that.
         given: The base, where it does not follow from the parent's weight decay.
         multiplier: What schedules multiply lambda with.
+        last: Lambda at the end of what is scheduled, None where nothing is, or nobody knows.
         absolute: Lambda of groups with the strongest base and that base, where a schedule gives those.
         name: A unique name over all optimizers of a module.
         child: What stands for it while the optimizer updates: the same object each time, as compiled steps expect.
@@ -73,6 +93,7 @@ class DecayGroup:
     given: float | None = None
     multiplier: float = 1.0
     absolute: tuple[float, float] | None = None
+    last: float | None = None
     name: str = ""
     child: dict[str, Any] | None = None
     own_options: dict[str, tuple[Any, Any]] = field(default_factory=dict)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_l2.param_groups.outlook import Outlook, outlook_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_l2.param_groups.parts import DecayGroup
+    from lightning_l2.param_groups.decay_groups import DecayGroups
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class GroupSummary:
         tensors: How many parameters it has, as tensors.
         parameters: How many numbers they hold, over all processes that share them.
         names: The qualified names of its parameters.
+        outlook: What decay will do to it.
     """
 
     group: str
@@ -36,15 +39,20 @@ class GroupSummary:
     tensors: int
     parameters: int
     names: tuple[str, ...]
+    outlook: Outlook | None = field(default=None, compare=False)
 
 
-def summarize(groups: Iterable[DecayGroup]) -> list[GroupSummary]:
+def summarize(found: Iterable[DecayGroups], steps: int | None = None) -> list[GroupSummary]:
     """Describe the parts of optimizers' groups.
+
+    Args:
+        found: The parts of each optimizer's groups.
+        steps: How many steps the training has, None where nobody knows.
 
     >>> import torch
     >>> from lightning_l2.param_groups.decay_groups import decay_groups
     >>> optimizer = torch.optim.AdamW([torch.ones(2, 3)], weight_decay=0.1)
-    >>> [(group.group, group.weight_decay, group.parameters) for group in summarize(decay_groups(optimizer).groups)]
+    >>> [(group.group, group.weight_decay, group.parameters) for group in summarize([decay_groups(optimizer)])]
     [('group0', 0.1, 6)]
     """
     return [
@@ -55,8 +63,10 @@ def summarize(groups: Iterable[DecayGroup]) -> list[GroupSummary]:
             tensors=len(group.params),
             parameters=sum(map(_size, group.params)),
             names=tuple(decision.name for decision in group.decisions),
+            outlook=outlook_of(one, group, steps),
         )
-        for group in groups
+        for one in found
+        for group in one.groups
     ]
 
 
@@ -70,12 +80,17 @@ def table(summary: Sequence[GroupSummary], *, per_parameter: bool = False) -> tu
     if per_parameter:
         rows = [[name, row.group, f"{row.weight_decay:g}"] for row in summary for name in row.names]
         return ["parameter", "group", "weight decay"], rows
-    header = ["group", "weight decay", "tensors", "parameters", "for example"]
-    rows = [
-        [row.group, f"{row.weight_decay:g}", f"{row.tensors:,}", f"{row.parameters:,}", _examples(row.names)]
-        for row in summary
+    columns: list[tuple[str, list[str]]] = [
+        ("group", [row.group for row in summary]),
+        ("weight decay", [f"{row.weight_decay:g}" if row.outlook is None else row.outlook.course for row in summary]),
+        ("timescale (of training)", ["" if row.outlook is None else row.outlook.duration for row in summary]),
+        ("left", ["" if row.outlook is None else row.outlook.remainder for row in summary]),
+        ("tensors", [f"{row.tensors:,}" for row in summary]),
+        ("parameters", [f"{row.parameters:,}" for row in summary]),
+        ("for example", [_examples(row.names) for row in summary]),
     ]
-    return header, rows
+    columns = [(title, cells) for title, cells in columns if any(cells)]
+    return [title for title, _ in columns], [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
 
 
 def _examples(names: Sequence[str], count: int = 2) -> str:
@@ -93,10 +108,14 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     rich_table = Table(*header, title="Weight decay", title_justify="left")
     for column, cell in zip(rich_table.columns, rows[0] if rows else [], strict=False):
         column.justify = "right" if cell.replace(",", "").replace(".", "").isdigit() else "left"
-        column.overflow = "fold"
+        column.no_wrap = True
+    # names of parameters may take several lines, but only where there is a terminal that ends
+    rich_table.columns[-1].no_wrap, rich_table.columns[-1].overflow = False, "fold"
     for row in rows:
         rich_table.add_row(*row)
-    Console().print(rich_table)
+    console = Console()
+    # a file has no edge
+    (console if console.is_terminal else Console(width=10_000)).print(rich_table)
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

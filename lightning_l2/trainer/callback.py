@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,11 @@ def _weakly_held(name: str) -> property:
         vars(callback)[key] = (weakref.WeakMethod if hasattr(method, "__func__") else weakref.ref)(method)
 
     return property(get, put)
+
+
+def global_seed() -> int:
+    """Return what `seed_everything` was given, in all processes the same; 0 where nobody has called it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 class IdleWatch:

@@ -65,6 +65,14 @@ def total_steps(trainer: Any) -> int:
     return min(limits)
 
 
+def known_steps(trainer: Any) -> int | None:
+    """Return `total_steps`, or None where the Trainer can't know."""
+    try:
+        return total_steps(trainer)
+    except MisconfigurationException:
+        return None
+
+
 def _steps_of_epochs(trainer: Any, epochs: int, enough: float) -> int | None:
     """Return how many steps so many epochs have, or any number from `enough` on; None where the data has no length."""
     steps = steps_per_epoch(trainer, epoch=0)

@@ -24,19 +24,19 @@ def test_of_groups_that_rules_split() -> None:
     layer = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     in_force(optimizer, {layer.weight: 0.25, layer.bias: 0.0})
-    assert summarize(decay_groups(optimizer).groups) == [
+    assert summarize([decay_groups(optimizer)]) == [
         GroupSummary("at 0.25", "at 0.25", 0.25, 1, 6, ("p0",)),
         GroupSummary("at 0", "at 0", 0.0, 1, 3, ("p1",)),
     ]
     decay_groups(optimizer).multiply(3.0)
-    assert summarize(decay_groups(optimizer).groups)[0].weight_decay == 0.25, "before any schedule"
+    assert summarize([decay_groups(optimizer)])[0].weight_decay == 0.25, "before any schedule"
 
 
 def test_a_parameter_that_zero_has_cut_counts_whole() -> None:
     piece = nn.Parameter(torch.zeros(2))
     piece.ds_numel = 10
     optimizer = torch.optim.SGD([piece], lr=0.1)
-    assert summarize(decay_groups(optimizer).groups)[0].parameters == 10
+    assert summarize([decay_groups(optimizer)])[0].parameters == 10
 
 
 def test_rows_by_group_and_by_parameter() -> None:
