@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_l2.arguments import check_types
 from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.penalty import L2Objective, Penalised
+from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, expect_start
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.rules.assign import assign_rules, resolve_rules, rules_by_parameter
 from lightning_l2.rules.parameters import is_undecided
@@ -22,14 +23,18 @@ from lightning_l2.trainer.clock import ends_step, is_first_batch_of_step
 from lightning_l2.trainer.length import training_setup
 from lightning_l2.trainer.logging import is_logging_step, log_metrics
 from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
+from lightning_l2.trainer.restoring import before_restoring
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from torch import Tensor
     from torch.optim import Optimizer
 
 
 class L2Penalty(Callback):
     r"""Train on $J(w) + \frac{\lambda}{2} \lVert w \rVert_2^2$, whatever the optimizer does with `weight_decay`.
+
+    Or on $J(w) + \frac{\lambda}{2} \lVert w - w_0 \rVert_2^2$, with the weights $w_0$ that training began with.
 
     The gradient $\lambda w$ joins that of the loss once per optimizer step, however many batches a step accumulates:
     after unscaling and before clipping, which both see the whole objective. There is no autograd graph and no copy.
@@ -50,6 +55,8 @@ class L2Penalty(Callback):
     Args:
         weight_decay: Lambda, dimensionless, or what it follows from (`lightning_l2.convert`).
         rules: A preset's name, or rules in order: the first that matches a parameter decides.
+        towards: What the penalty pulls the weights towards whose rule doesn't say: `"zero"`, or the `"start"` (L2-SP).
+        start_device: As of `WeightDecay`.
         follow_schedule: Multiply lambda with the multiplier that `WeightDecayScheduler` gives the parameter's group.
         log_objective: Also log the whole objective; for automatic optimization.
         every_n_steps: Log every so many optimizer steps; None is the Trainer's `log_every_n_steps`, 0 never.
@@ -69,6 +76,8 @@ class L2Penalty(Callback):
         weight_decay: float | Conversion,
         *,
         rules: str | list[DecayRule | str] = "default",
+        towards: Towards = "zero",
+        start_device: StartDevice = "same",
         follow_schedule: bool = False,
         log_objective: bool = False,
         every_n_steps: int | None = None,
@@ -80,10 +89,23 @@ class L2Penalty(Callback):
         if every_n_steps is not None and every_n_steps < 0:
             raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
         self.weight_decay = weight_decay
+        self.towards = towards
+        self.start_device = start_device
         self.follow_schedule = follow_schedule
         self.log_objective = log_objective
         self.every_n_steps = every_n_steps
         self._fit: _Fit | None = None
+        self._start: WatchedStart | None = None
+        self._start_norms: dict[str, float] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See the weights that training begins with, before a checkpoint is loaded."""
+        if stage != "fit":
+            return
+        self._release()
+        self._start_norms = {}
+        if self.towards == "start" or any(rule.towards == "start" for rule in self.rules):
+            self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module), self.start_device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain before the sanity check costs time."""
@@ -116,6 +138,11 @@ class L2Penalty(Callback):
         self._fit = _Fit(L2Objective(optimizers, follow_schedule=self.follow_schedule, look=follow))
         if not is_undecided(pl_module):
             self._decide(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the start of weights that nobody pulls to it."""
+        if self._start is not None:
+            self._start.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Decide on parameters that came late; measure a logged step's weights, with which its loss is computed."""
@@ -169,6 +196,21 @@ class L2Penalty(Callback):
         """Keep nothing of the fit."""
         self._release()
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the norms of the start, to tell it from another one."""
+        if self._start_norms:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = {"start": dict(self._start_norms)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember the norms of the start."""
+        self._start_norms = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("start", {}))
+        if self._start is not None:
+            self._start.resume()
+
     def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, afresh: bool = True) -> None:
         """Go over to optimizers that were set up anew, and decide on parameters that are new."""
         if (
@@ -193,9 +235,13 @@ class L2Penalty(Callback):
             values = ", ".join(f"{base:g}" for base in sorted(set(bases)))
             rank_zero_info(f"L2Penalty: {self.weight_decay} is {values}.")
         penalised = {
-            id(param): Penalised(name, rule.name, rule.resolve(base))
+            id(param): Penalised(name, rule.name, rule.resolve(base), self._start_of(param, rule))
             for (name, param, rule), base in zip(entries, bases, strict=True)
         }
+        if self._start is not None:
+            norms = self._start.norms(pl_module, trainer.model)
+            self._start.check(norms, self._start_norms)
+            self._start_norms = norms
         self._fit.objective.penalise(penalised, flat_shards(trainer.model or pl_module))
         self._fit.is_decided = True
         self._fit.is_outdated()
@@ -207,6 +253,11 @@ class L2Penalty(Callback):
     def _base(self, trainer: pl.Trainer, group: dict[str, Any]) -> float:
         conversion = self.weight_decay
         return conversion(training_setup(trainer, group)) if isinstance(conversion, Conversion) else conversion
+
+    def _start_of(self, param: Tensor, rule: DecayRule) -> Tensor | None:
+        if self._start is None or (rule.towards or self.towards) != "start":
+            return None
+        return self._start.of(param)
 
     def _prepare_step(self, trainer: pl.Trainer) -> None:
         fit = self._fit
@@ -228,6 +279,9 @@ class L2Penalty(Callback):
             )
 
     def _release(self) -> None:
+        if self._start is not None:
+            self._start.end()
+            self._start = None
         if self._fit is not None:
             self._fit.objective.remove()
             self._fit = None

@@ -15,6 +15,7 @@ from lightning_l2.decay.attach import Apply, check_options
 from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.decay.early import EarlySplit
 from lightning_l2.decay.rounding import Rounding
+from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, expect_start
 from lightning_l2.param_groups.resume import OnResume, Resuming
 from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
 from lightning_l2.rules.assign import decayed_exemptions, resolve_rules
@@ -29,6 +30,7 @@ from lightning_l2.trainer.optimizers import (
     splits_early,
     tell_of_gradients,
 )
+from lightning_l2.trainer.restoring import before_restoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,6 +56,9 @@ class WeightDecay(Callback):
         rounding: How decay is rounded to the number format of the weights: to the `"nearest"`, as torch does, or so
             that small decay is not lost in bf16 and fp16, `"accumulate"` or `"stochastic"`; see
             `lightning_l2.decay.rounding`. Random numbers are seeded with that of `seed_everything`.
+        towards: What the weights decay towards whose rule doesn't say: `"zero"`, or the `"start"`, those that training
+            began with (L2-SP). They are copied, and found again after a resume if the module is made as it was.
+        start_device: Where the copy is: on the `"same"` device as the weights, or on the `"cpu"`.
         on_resume: Whose lambda holds after a resume: that of the `"config"` or of the `"checkpoint"`; or an `"error"`
             if they differ.
         summary: Print a table of the groups when training starts, or of all `"parameters"`.
@@ -68,7 +73,8 @@ class WeightDecay(Callback):
         TypeError: Before the first step, if an optimizer's steps can't be reached.
         MisconfigurationException: Before the first step, if there is nothing to decay, or no way to.
 
-    Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, 2019.
+    Source: Loshchilov, Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, 2019; for `towards="start"` Li,
+    Grandvalet, Davoine, Explicit Inductive Bias for Transfer Learning, arXiv 1802.01483, 2018.
 
     >>> callback = WeightDecay(0.05, rules=[DecayRule("head", pattern=r"^head\.", weight_decay=0.1), "default"])
     """
@@ -80,6 +86,8 @@ class WeightDecay(Callback):
         rules: str | list[DecayRule | str] = "default",
         apply: Apply = "optimizer",
         rounding: Rounding = "nearest",
+        towards: Towards = "zero",
+        start_device: StartDevice = "same",
         on_resume: OnResume = "config",
         summary: bool | Literal["parameters"] = True,
         summary_file: str | Path | None = None,
@@ -96,17 +104,22 @@ class WeightDecay(Callback):
         self.weight_decay = weight_decay
         self.apply = apply
         self.rounding = rounding
+        self.towards = towards
+        self.start_device = start_device
         self.on_resume = on_resume
         self.print_summary = summary
         self.summary_file = summary_file
         self.before_clipping = before_clipping
         self.peak_lr = peak_lr
         self._fit: RuleDecay | None = None
+        self._start: WatchedStart | None = None
         self._early: EarlySplit | None = None
         self._summary: list[GroupSummary] | None = None
         self._version: list[int] = []
         self._resuming = Resuming(on_resume)
+        # of a checkpoint, and for checkpoints that are made after a fit, what `RuleDecay` needs
         self._restored: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
         # base lambda by parameter name
         self._weight_decay: dict[str, float] = {}
 
@@ -129,7 +142,9 @@ class WeightDecay(Callback):
             return
         check_alone(trainer, self, "Keep one, and put both into one list of rules: WeightDecay(rules=[...]).")
         self._release()
-        self._resuming, self._restored = Resuming(self.on_resume), {}
+        self._resuming, self._restored, self._state = Resuming(self.on_resume), {}, {}
+        if self.towards == "start" or any(rule.towards == "start" for rule in self.rules):
+            self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module), self.start_device)
         if splits_early(trainer):
             on_optimizers_configured(pl_module, partial(self._split_early, trainer, pl_module))
 
@@ -164,6 +179,8 @@ class WeightDecay(Callback):
             peak_lr=self.peak_lr,
             rounding=self.rounding,
             seed=global_seed(),
+            towards=self.towards,
+            start=self._start,
             resuming=self._resuming,
             users=bare_optimizers(trainer),
             root=trainer.model,
@@ -178,6 +195,8 @@ class WeightDecay(Callback):
         decided = self._early or self._fit
         if self._summary is None and decided is not None and decided.is_decided:
             self._show(trainer, decided)
+        if self._start is not None:
+            self._start.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Follow optimizers that were set up anew, and groups that changed since."""
@@ -231,7 +250,7 @@ class WeightDecay(Callback):
         """Keep the base lambdas, and what else a resumed training needs."""
         if self._fit is not None and self._fit.is_decided:
             self._weight_decay = self._fit.weight_decay()
-        state = {} if self._fit is None else self._fit.state_dict()
+        state = self._state if self._fit is None else self._fit.state_dict()
         checkpoint.setdefault("callbacks", {})[self.state_key] = {"weight_decay": dict(self._weight_decay), **state}
 
     def on_load_checkpoint(
@@ -242,6 +261,8 @@ class WeightDecay(Callback):
         self._resuming.has_restored = True
         self._resuming.restored = None if state is None else dict(state["weight_decay"])
         self._restored = state or {}
+        if self._start is not None:
+            self._start.resume()
 
     def _follow(self, trainer: pl.Trainer, *, afresh: bool = True) -> None:
         if self._fit is None:
@@ -309,7 +330,11 @@ class WeightDecay(Callback):
 
     def _release(self) -> None:
         self._early = None
+        if self._start is not None:
+            self._start.end()
+            self._start = None
         if self._fit is not None:
+            self._state = self._fit.state_dict()
             self._fit.remove()
             self._fit = None
 

@@ -10,18 +10,23 @@ from torch import Tensor
 from lightning_l2.sharding import local_part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import TypeAlias
 
     from lightning_l2.decay.rounding import Share, Stochastic
 
+    # by parameter, what this process holds of the weights that it started from
+    Starts: TypeAlias = Mapping[Tensor, Tensor]
+
 
 @torch.no_grad()
-def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -> None:
-    """Add the gradient of lambda/2 ||w||^2 in place: g <- g + lambda w, where there is a gradient.
+def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor, starts: Starts | None = None) -> None:
+    r"""Add the gradient of the penalty in place: $g \leftarrow g + \lambda (w - w_0)$, where there is a gradient.
 
     Args:
-        params: Parameters w, sharded ones too; a sparse gradient gets lambda w in the rows it has, once each.
+        params: Parameters w, sharded ones too; a sparse gradient gets its part in the rows it has, once each.
         weight_decay: Lambda, dimensionless; a tensor of one element is not read on the host.
+        starts: What this process holds of $w_0$, of the parameters for which that is not 0.
 
     >>> w = torch.nn.Parameter(torch.ones(2))
     >>> w.grad = torch.zeros(2)
@@ -35,6 +40,9 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
     grads = [_gradient(param) for param in params]
+    for param, row, grad in zip(params, rows, grads, strict=True):
+        if starts and param in starts:
+            grad.sub_(start_of_rows(starts[param], row, grad) * weight_decay)
     if isinstance(weight_decay, Tensor):
         for grad, weight in zip(grads, weights, strict=True):
             grad.addcmul_(weight, weight_decay.to(weight.device, weight.dtype))
@@ -43,12 +51,15 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor) -
 
 
 @torch.no_grad()
-def scale(shares: Iterable[tuple[Iterable[Tensor], Share]], rounding: Stochastic | None = None) -> None:
-    r"""Scale in place: $w \leftarrow (1 - s) w$, where there is a gradient, of a sparse one only its rows.
+def shrink(
+    shares: Iterable[tuple[Iterable[Tensor], Share]], rounding: Stochastic | None = None, starts: Starts | None = None
+) -> None:
+    r"""Step in place: $w \leftarrow w - s (w - w_0)$, where there is a gradient, of a sparse one only its rows.
 
     Args:
         shares: Lists of parameters w, and the share s of each list.
         rounding: How to round, None for the nearest.
+        starts: What this process holds of $w_0$, of the parameters for which that is not 0.
     """
     params: list[Tensor] = []
     of_each: list[Share] = []
@@ -62,11 +73,27 @@ def scale(shares: Iterable[tuple[Iterable[Tensor], Share]], rounding: Stochastic
         return
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
-    factors = [1 - share for share in of_each if not isinstance(share, Tensor)]
+    origins = [
+        start_of_rows(starts[param], row, weight) if starts and param in starts else None
+        for param, row, weight in zip(params, rows, weights, strict=True)
+    ]
     if rounding is not None:
-        rounding.subtract(real_parts(weights), real_parts(weights), of_each)
+        pulls = [w if origin is None else w - origin for w, origin in zip(weights, origins, strict=True)]
+        rounding.subtract(real_parts(weights), real_parts(pulls), of_each)
+    else:
+        for weight, origin, share in zip(weights, origins, of_each, strict=True):
+            if origin is not None:
+                weight.lerp_(origin, share.to(weight) if isinstance(share, Tensor) else share)
+        free = [index for index, origin in enumerate(origins) if origin is None]
+        if free:
+            _scale([weights[index] for index in free], [of_each[index] for index in free])
+    write(params, rows, weights)
+
+
+def _scale(weights: list[Tensor], of_each: list[Share]) -> None:
+    factors = [1 - share for share in of_each if not isinstance(share, Tensor)]
     # The CPU's foreach kernel rounds 1 - s to the dtype of the weights first: to 1, in bfloat16.
-    elif len(factors) == len(weights) and not any(weight.is_cpu and weight.element_size() < 4 for weight in weights):
+    if len(factors) == len(weights) and not any(weight.is_cpu and weight.element_size() < 4 for weight in weights):
         if len(set(factors)) == 1:
             torch._foreach_mul_(weights, factors[0])
         else:
@@ -77,32 +104,39 @@ def scale(shares: Iterable[tuple[Iterable[Tensor], Share]], rounding: Stochastic
                 weight.addcmul_(weight, share.to(weight.device, weight.dtype), value=-1)
             else:
                 weight.mul_(1 - share)
-    write(params, rows, weights)
 
 
 @torch.no_grad()
 def decay_from(
-    before: list[Tensor], weights: list[Tensor], share: Share, *, masked: bool, rounding: Stochastic | None = None
+    before: list[Tensor],
+    weights: list[Tensor],
+    share: Share,
+    *,
+    masked: bool,
+    rounding: Stochastic | None = None,
+    starts: list[Tensor] | None = None,
 ) -> None:
-    r"""Subtract in place: $w \leftarrow w - s\,m\,w_0$, the mask m being 1 where the update does not oppose $w_0$.
+    r"""Subtract a share of $v$, the weights before the update, less what they started from: $w \leftarrow w - s\,m\,v$.
 
     Args:
-        before: The weights before the update, $w_0$; real, as complex ones are seen by their parts.
+        before: The weights before the update; real, as complex ones are seen by their parts.
         weights: The weights after it, changed in place.
         share: Share s, eta lambda.
-        masked: Whether to mask at all.
+        masked: Whether the mask m is 1 only where the update does not oppose v, and 0 elsewhere.
         rounding: How to round, None for the nearest.
+        starts: What they started from, None for 0.
     """
-    decays = before
+    pulls = list(before if starts is None else torch._foreach_sub(before, starts))
+    decays = pulls
     if masked:
         decays = list(torch._foreach_sub(before, weights))
         torch._foreach_sign_(decays)
         # The sign first: u * w itself would underflow to "no sign" for small updates of small weights.
-        torch._foreach_mul_(decays, before)
+        torch._foreach_mul_(decays, pulls)
         torch._foreach_sign_(decays)
         torch._foreach_add_(decays, 1)
         torch._foreach_clamp_max_(decays, 1)
-        torch._foreach_mul_(decays, before)
+        torch._foreach_mul_(decays, pulls)
     if rounding is not None:
         rounding.subtract(weights, decays, [share] * len(weights))
     elif isinstance(share, Tensor):
@@ -149,6 +183,12 @@ def rows_of(param: Tensor) -> Tensor | None:
 def read(params: Sequence[Tensor], rows: Sequence[Tensor | None]) -> list[Tensor]:
     """Return the weights themselves where they are dense, and copies of the rows where not."""
     return [local_part(param) if row is None else param[row] for param, row in zip(params, rows, strict=True)]
+
+
+def start_of_rows(start: Tensor, row: Tensor | None, like: Tensor) -> Tensor:
+    """Return the start of a parameter where its weights are, of the rows that a sparse gradient touches or of all."""
+    there = start.to(like.device, non_blocking=True)
+    return there if row is None else there[row]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from lightning_l2.decay.arithmetic import is_zero
 from lightning_l2.decay.rounding import Accumulate, Rounding, Stochastic
+from lightning_l2.decay.start import Start
 from lightning_l2.decay.ways import Compared, Coupled, OptimizersOwn, PeakLR, Scaled, Way, peak_of
 from lightning_l2.optimizers.facts import (
     DECOUPLED_FLAG,
@@ -50,6 +51,7 @@ def attach_decay(
     peak_lr: PeakLR = None,
     rounding: Rounding = "nearest",
     seed: int = 0,
+    start: Start | None = None,
 ) -> OptimizersOwn | Way:
     """Make `optimizer.step()` apply each group's `weight_decay` in the way `apply` names, until the handle is removed.
 
@@ -77,6 +79,7 @@ def attach_decay(
             each group's `max_lr` or `initial_lr`, which torch's schedulers write. None: lambda alone.
         rounding: How decay of the weights themselves is rounded to their number format; see `decay.rounding`.
         seed: Of the random numbers of stochastic rounding.
+        start: The weights that training began with, for groups whose rule decays towards them.
 
     Returns:
         A handle, whose `remove()` ends it.
@@ -103,11 +106,10 @@ def attach_decay(
         )
     if apply == "optimizer":
         _check_own(optimizer)
-        if rounding == "nearest":
+        if rounding == "nearest" and start is None:
             return OptimizersOwn(optimizer, {})
-        _check_rounds(optimizer, rounding)
-        apply = "decoupled"
-    is_few = len(decay_groups(optimizer).unnamed()) <= FEW and rounding == "nearest"
+        apply = _own_as_ours(optimizer, rounding)
+    is_few = len(decay_groups(optimizer).unnamed()) <= FEW and rounding == "nearest" and start is None
     if apply == own_way(optimizer) and not before_clipping and (is_few or not _is_attachable(optimizer)):
         return OptimizersOwn(optimizer, {})
     _check_attachable(optimizer, apply)
@@ -115,11 +117,14 @@ def attach_decay(
     if apply in ("coupled", "decoupled") and not before_clipping and is_few and has_decoupled_flag(optimizer):
         return OptimizersOwn(optimizer, {DECOUPLED_FLAG: apply == "decoupled"})
     if apply == "coupled":
-        return Coupled(optimizer, before_clipping)
+        coupled = Coupled(optimizer, before_clipping)
+        coupled.start = start
+        return coupled
     # these directions depend on the weights, so the weights must not have decayed before the update
     depends_on_weights = torch_class(optimizer) in ("LBFGS", "Adafactor")
     steps = Compared if apply == "cautious" or depends_on_weights else Scaled
     attached = steps(optimizer, apply, peak_lr)
+    attached.start = start
     if rounding != "nearest":
         attached.rounding = Accumulate(attached.groups) if rounding == "accumulate" else Stochastic(seed)
     return attached
@@ -172,12 +177,20 @@ def _check_own(optimizer: Optimizer) -> None:
         )
 
 
-def _check_rounds(optimizer: Optimizer, rounding: Rounding) -> None:
-    if own_way(optimizer) != "decoupled":
+def _own_as_ours(optimizer: Optimizer, rounding: Rounding) -> Apply:
+    """Return the way that an optimizer decays by itself, for what it can't do by itself."""
+    own = own_way(optimizer)
+    if rounding != "nearest" and own != "decoupled":
         raise ValueError(
             f"rounding={rounding!r} does nothing for {type(optimizer).__name__}, which is not known to take decay from "
             "the weights themselves. Leave it out, or choose apply='decoupled'."
         )
+    if own is None:
+        raise ValueError(
+            f"Decay towards the start needs to know how {type(optimizer).__name__} decays. Choose apply='decoupled', "
+            "'coupled', 'independent' or 'cautious'."
+        )
+    return own
 
 
 def _is_attachable(optimizer: Optimizer) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.decay.attach import Apply, attach_decay, check_groups, check_options
-from lightning_l2.decay.ways import OnWeights
+from lightning_l2.decay.start import Start, Towards
+from lightning_l2.decay.ways import OnWeights, Way
 from lightning_l2.optimizers.step_hook import Attachments
 from lightning_l2.param_groups.bases import RuleBases
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.param_groups.resume import Resuming
 from lightning_l2.param_groups.shrinkage import Shrinkage, count_shrinkage
 from lightning_l2.param_groups.summary import GroupSummary, summarize
+from lightning_l2.rules.assign import resolve_rules
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.sharding import is_sharded
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_l2.decay.rounding import Rounding
-    from lightning_l2.decay.ways import OptimizersOwn, PeakLR, Way
+    from lightning_l2.decay.ways import OptimizersOwn, PeakLR
     from lightning_l2.rules.assign import Rules
 
 
@@ -45,6 +48,8 @@ class RuleDecay:
         peak_lr: As of `attach_decay`.
         rounding: As of `attach_decay`.
         seed: As of `attach_decay`.
+        towards: What weights decay towards whose rule does not say: `"zero"`, or the `"start"`.
+        start: The weights that training began with, by default those of now.
         resuming: Knows what a checkpoint says.
         users: The user's optimizers, which may wrap these.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
@@ -76,6 +81,8 @@ class RuleDecay:
         peak_lr: PeakLR = None,
         rounding: Rounding = "nearest",
         seed: int = 0,
+        towards: Towards = "zero",
+        start: Start | None = None,
         resuming: Resuming | None = None,
         users: Sequence[Optimizer] | None = None,
         root: nn.Module | None = None,
@@ -88,10 +95,19 @@ class RuleDecay:
         self._keeps_own = weight_decay is None
         self._resuming = resuming or Resuming("config")
         base = weight_decay if callable(weight_decay) else lambda group: weight_decay
-        self._make_bases = partial(RuleBases, model, rules, base, self._resuming, root)
+        own = [replace(rule, towards=rule.towards or towards) for rule in resolve_rules(rules)]
+        self._make_bases = partial(RuleBases, model, own, base, self._resuming, root)
+        self.start = (start or Start()) if any(rule.towards == "start" for rule in own) else None
+        self._root = root or model
         self._bases: RuleBases | None = None
         self._attach = partial(
-            attach_decay, apply=apply, before_clipping=before_clipping, peak_lr=peak_lr, rounding=rounding, seed=seed
+            attach_decay,
+            apply=apply,
+            before_clipping=before_clipping,
+            peak_lr=peak_lr,
+            rounding=rounding,
+            seed=seed,
+            start=self.start,
         )
         self._attached: Attachments[OptimizersOwn | Way] = Attachments(self._begin, look)
         self._counts: Attachments[Shrinkage] = Attachments(lambda _, optimizer: count_shrinkage(optimizer))
@@ -179,16 +195,21 @@ class RuleDecay:
         """Return what a resumed training needs, beside the optimizers' own states.
 
         These are `options` that the optimizers have made different within one of the user's groups, which holds one
-        value for all parts; what decay has `left`; and what `rounding` goes on with.
+        value for all parts; what decay has `left`; what `rounding` goes on with; and the norms of the `start`.
         """
         parts = [group for one in self._groups for group in one.groups if group.own_options]
         options = {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
         rounding = [one.rounding.state_dict() for one in self._attached if isinstance(one, OnWeights) and one.rounding]
-        state = {"options": options, "left": self.left(), "rounding": rounding}
+        starts = {} if self.start is None else self.start.norms(self._model, self._root)
+        state = {"options": options, "left": self.left(), "rounding": rounding, "start": starts}
         return {key: value for key, value in state.items() if value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Take up what `state_dict` returned.
+
+        Raises:
+            RuntimeError: If the weights that decay pulls towards are others than before.
+        """
         options = state.get("options", {})
         for group in (group for one in self._groups for group in one.groups):
             known = {key: own for key, own in options.get(group.name, {}).items() if key in group.parent}
@@ -198,6 +219,8 @@ class RuleDecay:
         rounding = [one.rounding for one in self._attached if isinstance(one, OnWeights) and one.rounding]
         for one, own in zip(rounding, state.get("rounding", ()), strict=False):
             one.load_state_dict(own)
+        if self.start is not None:
+            self.start.check(self.start.norms(self._model, self._root), state.get("start", {}))
 
     def remove(self) -> None:
         """Leave the optimizers alone."""
@@ -210,7 +233,10 @@ class RuleDecay:
     def _begin(self, number: int, optimizer: Optimizer) -> OptimizersOwn | Way:
         if self._bases is not None:
             self._decide(number, optimizer)
-        return self._attach(optimizer)
+        attached = self._attach(optimizer)
+        if isinstance(attached, Way):
+            attached.see_starts()
+        return attached
 
     def _decide(self, number: int, optimizer: Optimizer) -> None:
         self._check_takes_decay(optimizer)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_l2.decay.arithmetic import add_decay_gradient
+from lightning_l2.decay.start import squared_distances
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.facts import ascent_sign, reads_loss
 from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
@@ -27,15 +28,19 @@ class Penalised(NamedTuple):
         name: Qualified name of the parameter.
         rule: Name of the rule that decided on it.
         weight_decay: Lambda, dimensionless.
+        start: What this process holds of the weights that it is pulled towards, None for 0.
     """
 
     name: str
     rule: str
     weight_decay: float
+    start: Tensor | None = None
 
 
 class L2Objective:
-    r"""The term $\frac{\lambda}{2} \lVert w \rVert_2^2$, summed over parameters, of what optimizers minimise.
+    r"""The term $\frac{\lambda}{2} \lVert w - w_0 \rVert_2^2$, summed over parameters, of what optimizers minimise.
+
+    The weights $w_0$ that it pulls towards are 0, or those that training began with.
 
     The gradient joins that of the data before clipping where somebody tells that it is complete
     (`gradients_are_complete`), and right before the update otherwise. An optimizer that looks at the loss, as a line
@@ -55,6 +60,7 @@ class L2Objective:
     ) -> None:
         self._follow_schedule = follow_schedule
         self._penalised: dict[int, Penalised] = {}
+        self._starts: dict[int, Tensor] = {}
         self._shards: dict[int, ProcessGroup] = {}
         self._measured: _Measured | None = None
         self._parts = Attachments(lambda _, optimizer: _Joining(self, optimizer), look)
@@ -77,6 +83,7 @@ class L2Objective:
             shards: The process group that FSDP1 has cut a parameter over, by its `id`.
         """
         self._penalised = {key: entry for key, entry in penalised.items() if entry.weight_decay}
+        self._starts = {key: entry.start for key, entry in penalised.items() if entry.start is not None}
         self._shards = dict(shards or {})
 
     def remove(self) -> None:
@@ -96,7 +103,8 @@ class L2Objective:
             if self._measured is not None and id(param) in self._measured.in_force:
                 self._measured.in_force[id(param)] = weight_decay
         for weight_decay, params in together.items():
-            add_decay_gradient(params, weight_decay * scale)
+            starts = {param: self._starts[id(param)] for param in params if id(param) in self._starts}
+            add_decay_gradient(params, weight_decay * scale, starts)
 
     def objective(self, optimizer: Optimizer, loss: Any) -> Any:
         """Return a closure's loss with the penalty, for optimizers that read it."""
@@ -104,7 +112,7 @@ class L2Objective:
         if not in_force:
             return loss
         params = [param for param, _ in in_force]
-        squares = squared_norms(params, [self._shards.get(id(param)) for param in params])
+        squares = self._squares(params)
         half_lambdas = torch.tensor([value / 2 for _, value in in_force], dtype=squares.dtype)
         return loss + squares @ half_lambdas.to(squares.device, non_blocking=True)
 
@@ -112,8 +120,20 @@ class L2Objective:
         """Take the squares of the weights as they are now, on their device, for `metrics`."""
         in_force = {id(p): (p, value) for optimizer in self._optimizers for p, value in self._in_force(optimizer)}
         params = [param for param, _ in in_force.values()]
-        squares = squared_norms(params, [self._shards.get(id(param)) for param in params]) if params else torch.zeros(0)
+        squares = self._squares(params) if params else torch.zeros(0)
         self._measured = _Measured(squares, {key: value for key, (_, value) in in_force.items()}, [])
+
+    def _squares(self, params: list[Tensor]) -> Tensor:
+        pulled = [index for index, param in enumerate(params) if id(param) in self._starts]
+        free = [index for index, param in enumerate(params) if id(param) not in self._starts]
+        parts = []
+        if free:
+            parts.append(squared_norms([params[i] for i in free], [self._shards.get(id(params[i])) for i in free]))
+        if pulled:
+            starts = [self._starts[id(params[index])] for index in pulled]
+            parts.append(squared_distances([params[index] for index in pulled], starts, self._shards))
+        order = torch.tensor(free + pulled).argsort().to(parts[0].device, non_blocking=True)
+        return torch.cat(parts)[order] if pulled else parts[0]
 
     @property
     def is_measured(self) -> bool:

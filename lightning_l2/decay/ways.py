@@ -16,11 +16,13 @@ from lightning_l2.decay.arithmetic import (
     read,
     real_parts,
     rows_of,
-    scale,
+    shrink,
+    start_of_rows,
     with_gradient,
     write,
 )
 from lightning_l2.decay.rounding import Accumulate, Share, Stochastic
+from lightning_l2.decay.start import Start, squared_distances
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.facts import (
     DECOUPLED_FLAG,
@@ -105,6 +107,8 @@ class Way(StepHook):
     def __init__(self, optimizer: Optimizer, apply: str) -> None:
         super().__init__(optimizer, f"apply={apply!r}")
         self.groups = decay_groups(optimizer)
+        self.start: Start | None = None
+        self._started: tuple[int, dict[Tensor, Tensor]] = (-1, {})
         self.groups.hold(self, f"apply={apply!r}")
         self.groups.hide({"weight_decay": 0.0}, self)
 
@@ -117,6 +121,20 @@ class Way(StepHook):
             weight_decay: Lambda, by default the one in force.
         """
         raise NotImplementedError
+
+    def begin(self, *, has_closure: bool) -> None:
+        """See what new parameters start from, before the optimizer moves them."""
+        self.see_starts()
+
+    def see_starts(self) -> Mapping[Tensor, Tensor]:
+        """Return what parameters started from, of those that decay towards it."""
+        if self.start is None:
+            return {}
+        version = self.groups.current_version()
+        if self._started[0] != version:
+            pulled = [p for group in self.groups.unnamed() if group.towards == "start" for p in group.params]
+            self._started = version, {param: self.start.of(param) for param in pulled if not is_lazy(param)}
+        return self._started[1]
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -151,9 +169,18 @@ class Coupled(Way):
         for group in self.groups.unnamed():
             weight_decay, params = number(group.weight_decay), with_gradient(group.params)
             if params and not is_zero(weight_decay):
-                squares = squared_norms(params).sum()
+                squares = self._squares(params)
                 loss = loss + ascent_sign(self.optimizer, group.parent) * weight_decay / 2 * squares
         return loss
+
+    def _squares(self, params: list[Tensor]) -> Tensor:
+        starts = self.see_starts()
+        if not starts:
+            return squared_norms(params).sum()
+        moved = [param for param in params if param in starts]
+        others = [param for param in params if param not in starts]
+        squares = squared_distances(moved, [starts[param] for param in moved]).sum()
+        return squares + squared_norms(others).sum() if others else squares
 
     def before_update(self) -> None:
         """Join the gradients, clipped as they are."""
@@ -166,7 +193,8 @@ class Coupled(Way):
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         for group in self.groups.unnamed():
             strength = number(group.weight_decay) * ascent_sign(self.optimizer, group.parent)
-            add_decay_gradient(group.params, strength if grad_scale is None else strength * grad_scale)
+            strength = strength if grad_scale is None else strength * grad_scale
+            add_decay_gradient(group.params, strength, self.see_starts())
 
 
 class OnWeights(Way):
@@ -223,6 +251,7 @@ class Scaled(OnWeights):
 
     def begin(self, *, has_closure: bool) -> None:
         """Take note of the weights, to see whether anybody moves them before the update."""
+        super().begin(has_closure=has_closure)
         self._done = self._moved = False
         trusted = torch_class(self.optimizer) is not None
         self._versions = self._read_versions() if has_closure and not trusted else None
@@ -239,7 +268,7 @@ class Scaled(OnWeights):
     def after_update(self) -> None:
         """Scale once a step."""
         if not self._done:
-            scale(self._shares(), self._stochastic)
+            shrink(self._shares(), self._stochastic, self.see_starts())
         self._done = True
 
     def _read_versions(self) -> list[int]:
@@ -251,6 +280,7 @@ class Compared(OnWeights):
 
     def begin(self, *, has_closure: bool) -> None:
         """Copy weights that may move before the closure is called."""
+        super().begin(has_closure=has_closure)
         self._before: dict[Tensor, Tensor] = {}
         self._is_complete = False
         # An optimizer that isn't torch's may move weights before it calls the closure, so whole weights are copied now,
@@ -275,10 +305,23 @@ class Compared(OnWeights):
                 before = [copy if row is None else copy[row] for copy, row in zip(before, rows, strict=True)]
             weights = read(params, rows)
             if params:
-                masked, rounding = self._apply == "cautious", self._stochastic
-                decay_from(real_parts(before), real_parts(weights), share, masked=masked, rounding=rounding)
+                decay_from(
+                    real_parts(before),
+                    real_parts(weights),
+                    share,
+                    masked=self._apply == "cautious",
+                    rounding=self._stochastic,
+                    starts=self._starts_of(params, rows),
+                )
             write(params, rows, weights)
         self._before.clear()
+
+    def _starts_of(self, params: list[Tensor], rows: list[Tensor | None]) -> list[Tensor] | None:
+        """Return what parameters of one group started from, None where they decay towards 0."""
+        starts = self.see_starts()
+        if not starts or params[0] not in starts:
+            return None
+        return real_parts([start_of_rows(starts[p], row, p) for p, row in zip(params, rows, strict=True)])
 
     def _copy(self, select: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for group in self.groups.unnamed():

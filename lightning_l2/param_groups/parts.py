@@ -107,6 +107,12 @@ class DecayGroup:
         return UNASSIGNED if rule is None else rule.name
 
     @property
+    def towards(self) -> str:
+        """What its weights decay towards, `"zero"` or the `"start"`."""
+        rule = self.decisions[0].rule if self.decisions else None
+        return "zero" if rule is None else rule.towards or "zero"
+
+    @property
     def label(self) -> str | None:
         """What it is called before any prefix, None where no rule was asked."""
         if not self.decisions:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -42,6 +42,8 @@ class DecayRule:
             small ones.
         layer_decay: Ratio of the weight decays of two successive layers; the first group of `pattern` is the layer's
             number, the last layer has the full weight decay, the one before `layer_decay` times that, and so on.
+        towards: What the weights decay towards: `"zero"`, or the `"start"`, the weights that training began with; None
+            for what the callback says.
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -62,6 +64,7 @@ class DecayRule:
     optional: bool = field(default=False, kw_only=True)
     per_parameter: bool = field(default=False, kw_only=True)
     layer_decay: float | None = field(default=None, kw_only=True)
+    towards: Literal["zero", "start"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the values and make `modules` a tuple, since YAML gives a list or one name."""
@@ -84,6 +87,8 @@ class DecayRule:
                 f"Rule {self.name!r} has both weight_decay={self.weight_decay} and multiplier={self.multiplier}. "
                 "Give the absolute value or the one relative to the base, not both."
             )
+        if self.towards not in (None, "zero", "start"):
+            raise ValueError(f"Rule {self.name!r}: towards must be 'zero', 'start' or None, got {self.towards!r}.")
         self._check_pattern()
         check_types(type(self), vars(self))
 

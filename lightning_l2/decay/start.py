@@ -1,0 +1,197 @@
+r"""Decay towards the weights that training began with, $w_0$, in place of 0: L2-SP, for fine-tuning.
+
+Decoupled decay then is $w \leftarrow w - \eta \lambda (w - w_0) - \eta u$, coupled decay and the penalty minimise
+$J(w) + \frac{\lambda}{2} \lVert w - w_0 \rVert_2^2$, and cautious decay acts where $u (w - w_0) \ge 0$.
+
+Source: Li, Grandvalet, Davoine, Explicit Inductive Bias for Transfer Learning, arXiv 1802.01483, 2018.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from lightning_l2.norms.squared import squared_norms
+from lightning_l2.rules.parameters import clean_name
+from lightning_l2.sharding import flat_shards, local_part, sum_over_shards
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
+
+Towards: TypeAlias = Literal["zero", "start"]
+StartDevice: TypeAlias = Literal["same", "cpu"]
+Watch: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
+
+# Norms of the same weights differ by less, on whatever device and over however many processes they are summed.
+_TOLERANCE = 1e-5
+
+
+class Start:
+    """The weights that training of a module began with: one copy of those that somebody asks for, and no more.
+
+    A training that goes on from a checkpoint finds them again in the module as it was made, before the checkpoint is
+    loaded into it; the checkpoint has their norms, to tell whether they are the same.
+
+    Args:
+        device: Where to keep them: on the `"same"` device as the weights, or on the `"cpu"`, from where each step
+            brings them.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> start = Start()
+    >>> before = start.of(model.weight).clone()
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> torch.equal(start.of(model.weight), before)
+    True
+    """
+
+    def __init__(self, device: StartDevice = "same") -> None:
+        self.device = device
+        self._weights: dict[Tensor, Tensor] = {}
+        # as they were before a checkpoint was loaded, until training begins
+        self._found: dict[Tensor, Tensor] = {}
+        self._is_resumed = False
+        self._norms: dict[Tensor, float] = {}
+
+    def find(self, model: nn.Module) -> None:
+        """Copy all weights of a module that a checkpoint is about to be loaded into."""
+        self._found = {param: _copy(param) for param in model.parameters() if not is_lazy(param)}
+
+    def resume(self) -> None:
+        """Learn that a checkpoint was loaded: from now on only what was found before is a start."""
+        self._is_resumed = True
+
+    def begin(self) -> None:
+        """Learn that training begins: what nobody has asked for is forgotten, and what comes later starts as it is."""
+        self._found, self._is_resumed = {}, False
+
+    def of(self, param: Tensor) -> Tensor:
+        """Return what this process holds of the start of a parameter, in its dtype.
+
+        Raises:
+            RuntimeError: If a checkpoint was loaded before anybody could see the start.
+        """
+        start = self._weights.get(param)
+        if start is None:
+            if self._is_resumed and param not in self._found:
+                raise RuntimeError(
+                    f"Nobody knows the weights that a parameter of shape {tuple(param.shape)} started from, since it "
+                    "had none when the checkpoint was loaded. Give lazy layers their shapes before `fit`."
+                )
+            start = self._found.pop(param) if param in self._found else _copy(param)
+            start = self._weights[param] = start.to("cpu" if self.device == "cpu" else param.device, param.dtype)
+        return start
+
+    def norms(self, model: nn.Module, root: nn.Module | None = None) -> dict[str, float]:
+        """Return the L2 norms of the starts of a module's parameters that somebody has asked for, by name.
+
+        Args:
+            model: The module.
+            root: The module that a strategy wrapped it in, for shards under FSDP1.
+        """
+        known = {clean_name(name): param for name, param in model.named_parameters() if param in self._weights}
+        new = [param for param in known.values() if param not in self._norms]
+        squares = _squares(new, map(self.of, new), flat_shards(root or model))
+        self._norms |= zip(new, squares.sqrt().tolist(), strict=True)
+        return {name: self._norms[param] for name, param in known.items()}
+
+    def check(self, norms: Mapping[str, float], known: Mapping[str, float]) -> None:
+        """Compare with the norms of a checkpoint.
+
+        Args:
+            norms: What `norms` returns now.
+            known: What it returned when the checkpoint was made.
+
+        Raises:
+            RuntimeError: If they differ: decay would pull towards other weights than before.
+        """
+        differing = {
+            name: (norm, known[name])
+            for name, norm in norms.items()
+            if name in known and abs(norm - known[name]) > _TOLERANCE * max(norm, known[name])
+        }
+        if differing:
+            name, (norm, before) = next(iter(differing.items()))
+            raise RuntimeError(
+                f"{len(differing)} parameters don't start from the weights that training began with: the norm of "
+                f"{name!r} is {norm:g}, and was {before:g}. Make the module as it was before training, with the same "
+                "pretrained weights or the same seed, and let `fit(ckpt_path=...)` load the checkpoint."
+            )
+
+
+class WatchedStart(Start):
+    """The start of a module's training, one for all that ask in a fit: each calls `expect_start`, and `end` at last."""
+
+    def __init__(self, model: nn.Module, watch: Watch, device: StartDevice) -> None:
+        super().__init__(device)
+        self.holders = 0
+        self._module = weakref.ref(model)
+        self._stop = watch(partial(self.find, model))
+
+    def begin(self) -> None:
+        """Learn that training begins."""
+        super().begin()
+        self._stop()
+        self._stop = lambda: None
+
+    def end(self) -> None:
+        """Let go, once nobody holds it."""
+        self.holders -= 1
+        if self.holders == 0:
+            self.begin()
+            _KNOWN.pop(self._module(), None)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, WatchedStart] = weakref.WeakKeyDictionary()
+
+
+def expect_start(model: nn.Module, watch: Watch, device: StartDevice = "same") -> WatchedStart:
+    """Return what will know the start of a module's training, one for all that ask.
+
+    Args:
+        model: The module.
+        watch: Calls what it is given right before a checkpoint is loaded into the module, until what it returns.
+        device: Where to keep the weights.
+    """
+    start = _KNOWN.get(model)
+    if start is None:
+        start = _KNOWN[model] = WatchedStart(model, watch, device)
+    start.holders += 1
+    return start
+
+
+def squared_distances(
+    params: Sequence[Tensor], starts: Iterable[Tensor], shards: Mapping[int, ProcessGroup] | None = None
+) -> Tensor:
+    r"""Return $\lVert w - w_0 \rVert_2^2$ of each parameter, with temporaries of one parameter at a time.
+
+    Args:
+        params: Parameters w, sharded ones too.
+        starts: What this process holds of each $w_0$.
+        shards: The process group that FSDP1 has cut a parameter over, by its `id`.
+
+    >>> squared_distances([torch.tensor([3.0])], [torch.tensor([1.0])])
+    tensor([4.], dtype=torch.float64)
+    """
+    return _squares(
+        params, (local_part(p) - start.to(p.device) for p, start in zip(params, starts, strict=True)), shards
+    )
+
+
+def _squares(
+    params: Sequence[Tensor], values: Iterable[Tensor], shards: Mapping[int, ProcessGroup] | None = None
+) -> Tensor:
+    sums = [squared_norms([value.detach()]) for value in values]
+    if not sums:
+        return torch.zeros(0)
+    return sum_over_shards(torch.cat(sums), params, [(shards or {}).get(id(param)) for param in params])
+
+
+@torch.no_grad()
+def _copy(param: Tensor) -> Tensor:
+    return local_part(param).detach().clone()
