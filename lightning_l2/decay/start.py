@@ -9,7 +9,7 @@ Source: Li, Grandvalet, Davoine, Explicit Inductive Bias for Transfer Learning, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
