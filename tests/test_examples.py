@@ -146,3 +146,17 @@ def test_grokking_needs_weight_decay() -> None:
     assert with_decay["val_accuracy"][1][-1] >= 0.99
     assert max(without["val_accuracy"][1]) < 0.05
     assert with_decay["l2_norm/decay"][1][-1] < 0.5 * without["l2_norm/decay"][1][-1]
+
+
+def test_number_formats_swallow_decay_and_rounding_mends_it() -> None:
+    """AdamW takes 0.001 of the weights in a step: below half of bfloat16's 2^-8, and well above fp32's 2^-24."""
+    example = runpy.run_path(str(EXAMPLES / "number_formats.py"))
+    full, brain = example["PANELS"].values()
+    norms = {run: example["train"](run, steps=300)[1][-1] for run in (*full, *brain)}
+    without, with_decay, mixed = (norms[run] for run in full)
+    assert with_decay < 0.9 * without
+    assert mixed == pytest.approx(with_decay, rel=0.01)
+    without, lost, accumulated, stochastic = (norms[run] for run in brain)
+    assert lost == without
+    assert accumulated == pytest.approx(stochastic, rel=0.01)
+    assert stochastic < 0.9 * without
