@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-from lightning_l2.adaptive.selection import HEAD, check_pattern, matches
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import check_positive
+from lightning_l2.adaptive.selection import HEAD, matches
+from lightning_l2.arguments import check_pattern, check_positive, check_types
 from lightning_l2.schedules.feedback import (
     FeedbackSchedule,
     OptimizerLike,
@@ -52,9 +51,8 @@ class CorrectedDecay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_pattern(self, "exclude", self.exclude)
-        if self.max_lr is not None:
-            check_positive(self, max_lr=self.max_lr)
+        check_pattern(exclude=self.exclude)
+        check_positive(max_lr=self.max_lr)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import check_multipliers
+from lightning_l2.arguments import check_at_least, check_fraction, check_not_negative, check_positive, check_types
 from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike, read_metric
 
 
@@ -56,14 +55,10 @@ class AutoL2Decay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        if not 0.0 < self.factor < 1.0:
-            raise ValueError(
-                f"AutoL2Decay needs a `factor` above 0 and below 1, but got {self.factor}. It only ever reduces "
-                "weight decay; PlateauSchedule can raise it."
-            )
-        if self.patience < 1:
-            raise ValueError(f"AutoL2Decay needs a `patience` of at least 1, but got {self.patience}.")
-        check_multipliers(self, refractory=self.refractory, min_multiplier=self.min_multiplier)
+        check_positive(factor=self.factor)
+        check_fraction(factor=self.factor)  # it only ever reduces weight decay; PlateauSchedule can raise it
+        check_at_least(1, patience=self.patience)
+        check_not_negative(refractory=self.refractory, min_multiplier=self.min_multiplier)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Accept every optimizer: only metrics are read."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 from lightning_l2.adaptive.selection import base_weight_decay, check_unflattened
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_fraction, check_types
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike
 
@@ -48,11 +48,7 @@ class AdaptiveDecay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(
-                f"AdaptiveDecay needs a `smoothing` within [0, 1), but got {self.smoothing}. It is the share of the "
-                "previous multiplier in the new one."
-            )
+        check_fraction(smoothing=self.smoothing)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse parameters that FSDP1 or DeepSpeed flattened; else only gradients and weights are read."""

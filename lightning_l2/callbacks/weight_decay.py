@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_choice, check_types
 from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.attach import Apply, check_options
 from lightning_l2.decay.by_rules import RuleDecay
@@ -85,8 +85,7 @@ class WeightDecay(Callback):
         check_types(WeightDecay, locals() | {"rules": self.rules})
         if weight_decay is not None and not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "WeightDecay's `weight_decay`")
-        if summary not in (True, False, "parameters"):
-            raise ValueError(f"Expected `summary` to be True, False or 'parameters', got {summary!r}.")
+        check_choice((True, False, "parameters"), summary=summary)
         check_options(apply, before_clipping, peak_lr)
         self.weight_decay = weight_decay
         self.apply = apply

@@ -6,10 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_not_negative, check_positive, check_types
 from lightning_l2.convert.formulas import (
-    check_not_negative,
-    check_positive,
     normalised_to_weight_decay,
     prior_to_weight_decay,
     timescale_to_weight_decay,
@@ -43,7 +41,7 @@ class TrainingSetup:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_positive(**{name: value for name, value in vars(self).items() if value is not None})
+        check_positive(**vars(self))
 
 
 class Conversion(ABC):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lightning_l2.arguments import check_not_negative, check_positive
+
 
 def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: float) -> float:
     """Return the weight decay under which decoupled weights average their updates over so many epochs.
@@ -110,17 +112,3 @@ def weight_decay_to_normalised(weight_decay: float, *, batch_size: float, sample
     check_not_negative(weight_decay=weight_decay)
     check_positive(batch_size=batch_size, samples=samples, epochs=epochs)
     return weight_decay * math.sqrt(samples * epochs / batch_size)
-
-
-def check_positive(**values: float) -> None:
-    """Raise a `ValueError` for the first of the named values that is not finite and above 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0.0):
-            raise ValueError(f"Expected argument `{name}` to be finite and above 0, but got {value}.")
-
-
-def check_not_negative(**values: float) -> None:
-    """Raise a `ValueError` for the first of the named values that is negative or not finite."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"Expected argument `{name}` to be finite and at least 0, but got {value}.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -79,6 +81,22 @@ def reads_loss(optimizer: Optimizer) -> bool:
 def ascent_sign(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
     """Return the sign with which a penalty joins the objective: -1 where the optimizer maximises it."""
     return -1 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1
+
+
+def step_size(group: Mapping[str, Any]) -> float | Tensor:
+    """Return the factor of a group's update: its learning rate, times the scale that Prodigy and D-Adaptation find.
+
+    >>> step_size({"lr": 1.0, "d": 1e-6})
+    1e-06
+    """
+    lr = number(group["lr"])
+    return lr * number(group["d"]) if "d" in group else lr
+
+
+def number(value: Any) -> float | Tensor:
+    """Return a host number, or the tensor itself where reading it would synchronise a device."""
+    on_device = isinstance(value, Tensor) and value.device.type != "cpu"
+    return value.detach() if on_device else float(value)
 
 
 def _is_of_torch(thing: Any) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import Schedule, blend, check_milestones, check_multipliers, check_part, check_progress
+from lightning_l2.arguments import check_not_negative, check_types
+from lightning_l2.schedules.base import Schedule, blend, check_milestones, check_part, check_progress
 
 
 @final
@@ -49,10 +49,10 @@ class StepSchedule(Schedule):
                 f"StepSchedule needs one factor for each milestone, but got {len(self.factors)} `factors` for "
                 f"{len(self.milestones)} `milestones`. The value before the first milestone is `start`."
             )
-        check_multipliers(self, start=self.start)
+        check_not_negative(start=self.start)
         for index, factor in enumerate(self.factors):
-            check_multipliers(self, **{f"factors[{index}]": factor})
-        check_multipliers(self, **{"start * product(factors)": max(self._levels())})
+            check_not_negative(**{f"factors[{index}]": factor})
+        check_not_negative(**{"start * product(factors)": max(self._levels())})
 
     def _levels(self) -> list[float]:
         return list(itertools.accumulate(self.factors, lambda level, factor: level * factor, initial=float(self.start)))
@@ -91,7 +91,7 @@ class PiecewiseSchedule(Schedule):
             raise ValueError("PiecewiseSchedule needs at least one point in `points`, but got none.")
         check_milestones(self, "points", [progress for progress, _ in self.points])
         for index, (_, value) in enumerate(self.points):
-            check_multipliers(self, **{f"points[{index}][1]": value})
+            check_not_negative(**{f"points[{index}][1]": value})
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -139,7 +139,7 @@ class WarmupSchedule(Schedule):
                 f"WarmupSchedule needs a `fraction` within [0, 1), but got {self.fraction}. It is a fraction of the "
                 "training, not a number of steps."
             )
-        check_multipliers(self, start=self.start)
+        check_not_negative(start=self.start)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import check_multipliers, check_positive
+from lightning_l2.arguments import check_at_least, check_choice, check_not_negative, check_positive, check_types
 
 
 class OptimizerLike(Protocol):
@@ -117,21 +116,19 @@ class PlateauSchedule(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_choice(self, "mode", self.mode, ("min", "max"))
-        check_choice(self, "threshold_mode", self.threshold_mode, ("rel", "abs"))
-        check_positive(self, factor=self.factor)
+        check_choice(("min", "max"), mode=self.mode)
+        check_choice(("rel", "abs"), threshold_mode=self.threshold_mode)
+        check_positive(factor=self.factor)
         if self.factor == 1.0:
             raise ValueError("PlateauSchedule needs a `factor` other than 1, but got 1.0, which changes nothing.")
-        check_multipliers(self, min_multiplier=self.min_multiplier)
+        check_not_negative(min_multiplier=self.min_multiplier)
         upper = math.inf if self.max_multiplier is None else self.max_multiplier
         if not self.min_multiplier <= 1.0 <= upper:
             raise ValueError(
                 f"PlateauSchedule starts at a multiplier of 1, which is not within `min_multiplier` "
                 f"{self.min_multiplier} and `max_multiplier` {self.max_multiplier}."
             )
-        for name in ("patience", "threshold", "cooldown"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"PlateauSchedule needs a `{name}` of at least 0, but got {getattr(self, name)}.")
+        check_at_least(0, patience=self.patience, threshold=self.threshold, cooldown=self.cooldown)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Accept every optimizer: only the metric is read."""
@@ -185,8 +182,7 @@ class LRSchedule(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        if self.max_lr is not None:
-            check_positive(self, max_lr=self.max_lr)
+        check_positive(max_lr=self.max_lr)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""
@@ -223,12 +219,6 @@ def check_learning_rates(schedule: object, optimizer: OptimizerLike) -> None:
                 f"{type(schedule).__name__} reads the learning rate of each parameter group, but group {index} of "
                 f"{type(optimizer).__name__} has no `lr`. All torch optimizers have one."
             )
-
-
-def check_choice(schedule: object, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a `ValueError` unless a word is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{type(schedule).__name__} needs a `{name}` out of {choices}, but got {value!r}.")
 
 
 def read_metric(schedule: object, name: str, metrics: Mapping[str, float]) -> float:

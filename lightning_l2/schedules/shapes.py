@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import Schedule, blend, check_multipliers, check_positive, check_progress
+from lightning_l2.arguments import check_not_negative, check_positive, check_types
+from lightning_l2.schedules.base import Schedule, blend, check_progress
 
 
 @final
@@ -29,7 +29,7 @@ class ConstantSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, value=self.value)
+        check_not_negative(value=self.value)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -59,7 +59,7 @@ class LinearSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
+        check_not_negative(start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -93,7 +93,7 @@ class CosineSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
+        check_not_negative(start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -127,7 +127,7 @@ class ExponentialSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_positive(self, start=self.start, end=self.end)
+        check_positive(start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -165,8 +165,8 @@ class PolynomialSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
-        check_positive(self, power=self.power)
+        check_not_negative(start=self.start, end=self.end)
+        check_positive(power=self.power)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -200,8 +200,8 @@ class InverseSquareRootSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start)
-        check_positive(self, timescale=self.timescale)
+        check_not_negative(start=self.start)
+        check_positive(timescale=self.timescale)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
