@@ -23,7 +23,7 @@ from lightning_l2.sharding import whole
 class AlphaDecay(FeedbackSchedule):
     """Decay matrices the more, the less they have learnt, as their spectra tell.
 
-    `multiplier = s_min + (s_max - s_min) * (alpha - min(alpha)) / (max(alpha) - min(alpha))`, with `alpha` the Hill
+    $multiplier = s_min + (s_max - s_min) * (alpha - min(alpha)) / (max(alpha) - min(alpha))$, with `alpha` the Hill
     exponent of a matrix (`hill_exponent`) and the extremes over all measured matrices of the optimizer. A heavy tail
     (small alpha) is a sign of learnt features and is decayed less.
 
@@ -128,10 +128,10 @@ class AlphaDecay(FeedbackSchedule):
 
 
 def hill_exponent(weight: Tensor) -> Tensor:
-    """Return the Hill estimate of the exponent of a weight's spectral tail.
+    r"""Return the Hill estimate of the exponent of a weight's spectral tail.
 
-    With the `n` eigenvalues `l_1 <= ... <= l_n` of `W^T W` (of complex weights `W^H W`) and `k = n // 2`:
-    `alpha = 1 + k / sum_{i=1..k} ln(l_{n-i+1} / l_{n-k})`. The eigenvalues of a convolution are those of the matrices
+    With the `n` eigenvalues `l_1 <= ... <= l_n` of $W^T W$ (of complex weights $W^H W$) and `k = n // 2`:
+    $alpha = 1 + k / \sum_{i=1..k} \ln(l_{n-i+1} / l_{n-k})$. The eigenvalues of a convolution are those of the matrices
     at all positions of its kernel. Eigenvalues below the precision of a decomposition count as that precision.
 
     Args:

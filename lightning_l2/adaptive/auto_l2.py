@@ -14,10 +14,10 @@ from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike, rea
 @final
 @dataclass(frozen=True)
 class AutoL2Decay(FeedbackSchedule):
-    """Start with strong weight decay and reduce it each time the training loss or error goes up.
+    r"""Start with strong weight decay and reduce it each time the training loss or error goes up.
 
-    A metric goes up when it is above its smallest value so far, in `patience` observations in a row. Then
-    `multiplier <- multiplier * factor`, and the next `refractory / multiplier` observations change nothing: the weaker
+    A metric goes up when it is above its smallest value so far, in `patience` observations in a row. Then $multiplier
+    \leftarrow multiplier * factor$, and the next $refractory / multiplier$ observations change nothing: the weaker
     the decay, the longer it takes to show. Strong decay reaches its best performance fast, weak decay reaches a better
     one later; this goes from the one to the other. The authors start at 0.1.
 

@@ -86,7 +86,7 @@ class NormConstraint(Callback):
 
     Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15, 2014.
     Source: Franke, Hefenbrock, Koehler and Hutter, "Improving Deep Learning Optimization through Constrained Parameter
-    Regularization", arXiv 2311.09058, 2024. Its kappa is $b^2 / 2$ here.
+    Regularization", arXiv 2311.09058, 2024.
     Source: Wen, Dang, Lyu, Ma and Liang, "Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball
     Optimization", arXiv 2606.16899, 2026.
 

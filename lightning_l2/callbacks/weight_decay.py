@@ -40,7 +40,7 @@ class WeightDecay(Callback):
     r"""Give each parameter its own weight decay by rules, whatever optimizer the module has.
 
     Minimises $J(w) + \frac{\lambda}{2} \lVert w \rVert_2^2$ or one of its relatives (`apply`). The 1/2 makes $\lambda$
-    exactly torch's `weight_decay`: the gradient is $\lambda w$. A loss term `lambda * norm ** 2` is twice as strong.
+    exactly torch's `weight_decay`: the gradient is $\lambda w$. A loss term $\lambda \lVert w \rVert^2$ has twice that.
 
     `optimizer.param_groups` stays as the user made it, in every hook and every checkpoint; lambda is put into it while
     the optimizer updates, and only then. `weight_decay_in_force` and the logs of `L2NormMonitor` tell it.

@@ -68,7 +68,7 @@ class Conversion(ABC):
 @final
 @dataclass(frozen=True)
 class Timescale(Conversion):
-    """Average the updates over so many epochs: `weight_decay = 1 / (lr * epochs * steps_per_epoch)`.
+    """Average the updates over so many epochs: $weight_decay = 1 / (lr * epochs * steps_per_epoch)$.
 
     Args:
         epochs: Timescale of the moving average that decoupled decay makes of the updates, in epochs, above 0; between
@@ -99,7 +99,7 @@ class Timescale(Conversion):
 @final
 @dataclass(frozen=True)
 class GaussianPrior(Conversion):
-    """Believe the weights to be drawn from `N(0, sigma ** 2)`: `weight_decay = 1 / (samples * sigma ** 2)`.
+    """Believe the weights to be drawn from $N(0, sigma^2)$: $weight_decay = 1 / (samples * sigma^2)$.
 
     For a loss that is the mean over the samples, and decay that is part of the objective (coupled, `L2Penalty`).
 
@@ -135,7 +135,7 @@ class GaussianPrior(Conversion):
 @final
 @dataclass(frozen=True)
 class Normalised(Conversion):
-    """Keep a value that suits any length: `weight_decay = normalised * sqrt(batch_size / (samples * epochs))`.
+    r"""Keep a value that suits any length: $weight_decay = normalised * \sqrt{batch_size / (samples * epochs)}$.
 
     Args:
         weight_decay: Normalised weight decay, that of a training with a single step, at least 0.

@@ -70,9 +70,9 @@ def check_part(schedule: object, name: str, part: object) -> None:
 
 
 def blend(start: float, end: float, weight: float) -> float:
-    """Return `(1 - weight) * start + weight * end`: exact at 0 and 1, and never outside the two values.
+    """Return $(1 - weight) * start + weight * end$: exact at 0 and 1, and never outside the two values.
 
-    `start + weight * (end - start)` misses `end` by a rounding error, and would lift a multiplier off 0.
+    $start + weight * (end - start)$ misses `end` by a rounding error, and would lift a multiplier off 0.
     """
     low, high = (start, end) if start <= end else (end, start)
     return float(min(max((1.0 - weight) * start + weight * end, low), high))

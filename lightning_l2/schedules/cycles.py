@@ -20,9 +20,9 @@ from lightning_l2.schedules.shapes import cosine_weight
 class CyclicSchedule(Schedule):
     """Swing in triangles between two values.
 
-    With `phase` the fraction of the current cycle, `phase = progress * cycles mod 1`:
-    `f = start + (peak - start) * phase / rise` up to `phase = rise`, then
-    `f = start + (peak - start) * (1 - phase) / (1 - rise)`. Every cycle begins and ends at `start`.
+    With `phase` the fraction of the current cycle, $phase = progress * cycles mod 1$:
+    $f = start + (peak - start) * phase / rise$ up to `phase = rise`, then
+    $f = start + (peak - start) * (1 - phase) / (1 - rise)$. Every cycle begins and ends at `start`.
 
     Args:
         start: Multiplier at the ends of each cycle, dimensionless, at least 0.
@@ -62,10 +62,10 @@ class CyclicSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class CosineRestartsSchedule(Schedule):
-    """Repeat half a cosine from `start` to `end`, jumping back between the cycles.
+    r"""Repeat half a cosine from `start` to `end`, jumping back between the cycles.
 
-    `f = end + (start - end) * (1 + cos(pi * phase)) / 2` with `phase` the fraction of the current cycle. Cycle `i`
-    takes a share of the training in proportion to `growth ** i`. The last one ends at `end`.
+    $f = end + (start - end) * (1 + \cos(\pi * phase)) / 2$ with `phase` the fraction of the current cycle.
+    Cycle `i` takes a share of the training in proportion to $growth^i$. The last one ends at `end`.
 
     Args:
         start: Multiplier at the beginning of each cycle, dimensionless, at least 0.

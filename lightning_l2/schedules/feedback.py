@@ -71,13 +71,13 @@ class FeedbackSchedule(ABC):
 @final
 @dataclass(frozen=True)
 class PlateauSchedule(FeedbackSchedule):
-    """Change the multiplier when a metric has stopped improving, as torch's `ReduceLROnPlateau` does for lr.
+    r"""Change the multiplier when a metric has stopped improving, as torch's `ReduceLROnPlateau` does for lr.
 
     An observation is a value that an epoch brought; an epoch without validation brings none of a validation metric.
-    After more than `patience` observations without improvement, `multiplier <- multiplier * factor` (within its
-    bounds); the next `cooldown` observations don't count. An improvement by mode and threshold mode:
-    `metric < best * (1 - threshold)` (min, rel), `best - threshold` (min, abs), `> best * (1 + threshold)` (max, rel),
-    `> best + threshold` (max, abs). A NaN is no improvement.
+    After more than `patience` observations without improvement, $multiplier \leftarrow multiplier * factor$ (within
+    its bounds); the next `cooldown` observations don't count. An improvement by mode and threshold mode:
+    $metric < best * (1 - threshold)$ (min, rel), $metric < best - threshold$ (min, abs),
+    $metric > best * (1 + threshold)$ (max, rel), $metric > best + threshold$ (max, abs). A NaN is no improvement.
 
     A factor below 1 weakens weight decay, one above 1 strengthens it (a validation loss that stalls while the training
     loss falls).
@@ -158,9 +158,9 @@ class PlateauSchedule(FeedbackSchedule):
 @final
 @dataclass(frozen=True)
 class LRSchedule(FeedbackSchedule):
-    """Tie weight decay to the learning rate: `multiplier = lr / max_lr`, for each group by itself.
+    """Tie weight decay to the learning rate: $multiplier = lr / max_lr$, for each group by itself.
 
-    With decoupled decay a step then shrinks weights by `lr ** 2 / max_lr * weight_decay`.
+    With decoupled decay a step then shrinks weights by $lr^2 / max_lr * weight_decay$.
 
     Args:
         max_lr: Peak of the learning rate; by default the largest that is known of the group: its `max_lr`
@@ -189,12 +189,12 @@ class LRSchedule(FeedbackSchedule):
         check_learning_rates(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
-        """Return `lr / max_lr` of each group; an `lr` that is a tensor on an accelerator costs a transfer."""
+        """Return $lr / max_lr$ of each group; an `lr` that is a tensor on an accelerator costs a transfer."""
         return relative_learning_rates(optimizer, self.max_lr, state)
 
 
 def relative_learning_rates(optimizer: OptimizerLike, max_lr: float | None, state: dict[str, Any]) -> list[float]:
-    """Return `lr / max_lr` of each group; without a `max_lr` its peak is what is known of the group, see `LRSchedule`.
+    """Return $lr / max_lr$ of each group; without a `max_lr` its peak is what is known of the group, see `LRSchedule`.
 
     Args:
         optimizer: The optimizer whose groups are asked for.

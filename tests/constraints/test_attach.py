@@ -337,6 +337,30 @@ def test_decay_of_the_weights_before_the_update_has_no_part_in_the_step_on_the_s
     torch.testing.assert_close(decayed, run(0.0), rtol=1e-9, atol=1e-12)
 
 
+def test_all_that_lbfgs_moves_in_a_step_is_its_direction_on_the_sphere() -> None:
+    start = torch.randn(5, 4, dtype=torch.float64)
+    target = torch.randn(5, 4, dtype=torch.float64)
+
+    def step(on_sphere: bool) -> Tensor:
+        weight = nn.Parameter(start.clone())
+        optimizer = torch.optim.LBFGS([weight], lr=0.1, max_iter=4)
+        if on_sphere:
+            AttachedConstraint(optimizer, lambda: {weight: "w"}, InitialBound(), method=Sphere())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight - target).pow(4).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return weight.detach()
+
+    direction = step(False) - start
+    moved = start + 0.1 * start.norm() * direction / direction.norm()
+    torch.testing.assert_close(step(True), moved * start.norm() / moved.norm(), rtol=1e-9, atol=0)
+
+
 class MovesFirst(torch.optim.Optimizer):
     """Moves weights before it asks for the gradient, there and back, as SAM does."""
 
