@@ -48,7 +48,7 @@ class NormConstraint(Callback):
     All act beside any weight decay of the optimizer, so set that to 0 where the constraint is to replace it.
 
     The sphere reads $u$ from what the optimizer's step has changed, and holds a copy of the constrained weights while
-    it updates, three for a moment after that. What a step leaves alone, such as one that a gradient scaler skips, stays
+    it updates, two for a moment after that. What a step leaves alone, such as one that a gradient scaler skips, stays
     as it is. In `bf16-true` steps are rounded before anybody sees them: train with `bf16-mixed`.
 
     Logged keys, with `norm_constraint` for `name`; norms are those between the optimizer's step and the constraint:

@@ -144,6 +144,18 @@ def test_on_the_sphere_norms_stay_and_steps_turn_by_the_learning_rate() -> None:
     assert bound == pytest.approx(start["body.0.weight"].norm().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_decay_on_the_sphere_is_told_once_and_exempt_weights_are_not(order: int) -> None:
+    def fit(rules: Any) -> None:
+        callbacks = [NormConstraint(None, method="sphere"), WeightDecay(0.25, rules=rules, summary=False)][::order]
+        make_trainer(callbacks).fit(Net(growing), data())
+
+    with pytest.warns(UserWarning, match=r"^The weight decay of 0\.25 in group 'decay' has no effect to") as told:
+        fit("default")
+    assert len([one for one in told if "sphere" in str(one.message)]) == 1
+    fit([DecayRule("body", pattern=r"^body\.0\.weight", weight_decay=0.0), "default"])
+
+
 def test_own_rules_decide() -> None:
     rules: Any = [DecayRule("head", pattern=r"^head\.weight", weight_decay=0.0), "default"]
     model = Net(growing)
