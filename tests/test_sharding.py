@@ -60,7 +60,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     worker = Path(__file__).parent / "processes" / "sharded_tensors.py"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(worker), str(folder)]
-    subprocess.run(command, check=True, timeout=200, env=environment)
+    subprocess.run(command, check=True, timeout=500, env=environment)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
