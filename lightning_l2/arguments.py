@@ -1,11 +1,12 @@
-"""Arguments of a wrong type are refused where they are given, not where they are used."""
+"""Arguments of a wrong type or value are refused where they are given, not where they are used."""
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -40,6 +41,79 @@ def check_types(owner: type, arguments: Mapping[str, object]) -> None:
                 f"{owner.__name__} needs `{name}` to be {_named(hint)}, but got {reprlib.repr(arguments[name])} of "
                 f"type {type(arguments[name]).__name__}."
             )
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise a `ValueError` for the first of the named values that is not finite and above 0; None is let pass.
+
+    >>> check_positive(radius=0.0)
+    Traceback (most recent call last):
+    ValueError: Expected `radius` to be finite and above 0, got 0.0.
+    """
+    _check("finite and above 0", lambda value: 0 < value < math.inf, values)
+
+
+def check_not_negative(**values: float | None) -> None:
+    """Raise a `ValueError` for the first of the named values that is negative or not finite; None is let pass.
+
+    >>> check_not_negative(start=float("nan"))
+    Traceback (most recent call last):
+    ValueError: Expected `start` to be finite and at least 0, got nan.
+    """
+    _check("finite and at least 0", lambda value: 0 <= value < math.inf, values)
+
+
+def check_fraction(**values: float | None) -> None:
+    """Raise a `ValueError` for the first of the named values that is not at least 0 and below 1.
+
+    >>> check_fraction(rise=1.0)
+    Traceback (most recent call last):
+    ValueError: Expected `rise` to be at least 0 and below 1, got 1.0.
+    """
+    _check("at least 0 and below 1", lambda value: 0 <= value < 1, values)
+
+
+def check_at_least(least: int, **values: float | None) -> None:
+    """Raise a `ValueError` for the first of the named values that is below the least one; None is let pass.
+
+    >>> check_at_least(1, steps=0)
+    Traceback (most recent call last):
+    ValueError: Expected `steps` to be at least 1, got 0.
+    """
+    _check(f"at least {least}", lambda value: value >= least, values)
+
+
+def check_choice(choices: Sequence[object], **values: object) -> None:
+    """Raise a `ValueError` for the first of the named values that is none of the choices.
+
+    >>> check_choice(("min", "max", None), mode="least")
+    Traceback (most recent call last):
+    ValueError: Expected `mode` to be 'min', 'max' or None, got 'least'.
+    """
+    *most, last = map(repr, choices)
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"Expected `{name}` to be {', '.join(most)} or {last}, got {value!r}.")
+
+
+def check_pattern(**values: str | None) -> None:
+    """Raise a `ValueError` for the first of the named values that is no regular expression; None is let pass.
+
+    >>> check_pattern(include="*")
+    Traceback (most recent call last):
+    ValueError: Expected `include` to be a regular expression, got '*': nothing to repeat at position 0.
+    """
+    for name, value in values.items():
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"Expected `{name}` to be a regular expression, got {value!r}: {error}.") from error
+
+
+def _check(what: str, holds: Callable[[float], bool], values: Mapping[str, float | None]) -> None:
+    for name, value in values.items():
+        if value is not None and not holds(value):
+            raise ValueError(f"Expected `{name}` to be {what}, got {value!r}.")
 
 
 def _named(hint: Any) -> str:

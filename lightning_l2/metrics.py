@@ -13,10 +13,11 @@ from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 from torchmetrics.aggregation import BaseAggregator
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from lightning_l2.arguments import check_choice
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.sharding import flat_shards, is_flat_piece
+from lightning_l2.sharding import flat_shards, is_flat_piece, is_fsdp1
 
 Statistic: TypeAlias = Literal["last", "mean", "min", "max", "std"]
 Parameters: TypeAlias = Tensor | nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -39,7 +40,7 @@ def l2_norm(parameters: Parameters) -> Tensor:
     """
     tensors = _tensors(parameters)
     shards: Mapping[int, Any] = {}
-    if isinstance(parameters, nn.Module) and any(map(_is_fsdp1, parameters.modules())):
+    if isinstance(parameters, nn.Module) and any(map(is_fsdp1, parameters.modules())):
         shards = flat_shards(parameters)
     else:
         _check_whole(tensors, "Give the outermost module instead of them.")
@@ -91,9 +92,7 @@ class _OverUpdates(WrapperMetric):
 
     def __init__(self, statistic: Statistic = "mean", **kwargs: Any) -> None:
         super().__init__()
-        if statistic not in _AGGREGATORS:
-            choices = ", ".join(map(repr, _AGGREGATORS))
-            raise ValueError(f"Expected argument `statistic` to be one of {choices}, but got {statistic!r}.")
+        check_choice(tuple(_AGGREGATORS), statistic=statistic)
         self.statistic = statistic
         self._aggregator = _AGGREGATORS[statistic](**{"nan_strategy": math.nan, **kwargs})
         self._aggregator.set_dtype(torch.float64)
@@ -292,10 +291,6 @@ def _tensors(parameters: Parameters) -> list[Tensor]:
     if isinstance(parameters, nn.Module):
         return list(parameters.parameters())
     return list(parameters.values() if isinstance(parameters, Mapping) else parameters)
-
-
-def _is_fsdp1(module: nn.Module) -> bool:
-    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
 
 
 def _check_whole(tensors: Sequence[Tensor], way_out: str) -> None:

@@ -82,6 +82,25 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
+def placed_as(model: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor distributed over the processes as another one is, and a plain one as it is.
+
+    Args:
+        model: The tensor that has the placements.
+        tensor: The tensor, of the same shape.
+
+    >>> placed_as(torch.zeros(2), torch.ones(2))
+    tensor([1., 1.])
+    """
+    if not (_is_dtensor(model) and _is_dtensor(tensor)):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(model, DTensor)
+    assert isinstance(tensor, DTensor)
+    return tensor if tensor.placements == model.placements else tensor.redistribute(placements=model.placements)
+
+
 def process_groups(tensor: Tensor) -> list[ProcessGroup]:
     """Return the process groups a tensor is split over, one a mesh dimension; none for replicated and plain tensors.
 
@@ -97,6 +116,63 @@ def process_groups(tensor: Tensor) -> list[ProcessGroup]:
     assert isinstance(tensor, DTensor)
     split = [not (placement.is_replicate() or placement.is_partial()) for placement in tensor.placements]
     return [tensor.device_mesh.get_group(dimension) for dimension, is_split in enumerate(split) if is_split]
+
+
+def groups_within_rows(tensor: Tensor) -> list[ProcessGroup]:
+    """Return the process groups over which rows of a DTensor are cut; none where each row is whole somewhere.
+
+    Args:
+        tensor: Any tensor; a row is an index of dimension 0.
+
+    >>> groups_within_rows(torch.ones(2, 2))
+    []
+    """
+    if not _is_dtensor(tensor):
+        return []
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    cut = [getattr(placement, "dim", 0) != 0 for placement in tensor.placements]
+    return [tensor.device_mesh.get_group(dimension) for dimension, is_cut in enumerate(cut) if is_cut]
+
+
+def whole_rows(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return values of all rows of a tensor from those of the rows that are here, by a collective of its own.
+
+    Args:
+        values: One a row of the local part, 1-D.
+        tensor: The tensor.
+
+    >>> whole_rows(torch.ones(2), torch.ones(2, 3))
+    tensor([1., 1.])
+    """
+    if not _is_dtensor(tensor):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    placed = _placements_of_rows(tensor)
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]  # of a DTensor
+    size = torch.Size([len(tensor)])
+    return DTensor.from_local(values, mesh, placed, run_check=False, shape=size, stride=(1,)).full_tensor()
+
+
+def local_rows(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return of values of all rows of a tensor those of the rows that are here.
+
+    Args:
+        values: One a row, 1-D, the same in all processes.
+        tensor: The tensor.
+
+    >>> local_rows(torch.ones(2), torch.ones(2, 3))
+    tensor([1., 1.])
+    """
+    if not _is_dtensor(tensor):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]  # of a DTensor
+    everywhere = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=_placements_of_rows(tensor)).to_local()
 
 
 def sum_over_shards(
@@ -170,6 +246,43 @@ def is_flat_piece(tensor: Tensor) -> bool:
     return bool(getattr(tensor, "_fsdp_flattened", False))  # torch's own mark, which has no public name
 
 
+def is_flat_parameter(tensor: Tensor) -> bool:
+    """Return whether FSDP1 has made one parameter of several (`use_orig_params=False`).
+
+    >>> is_flat_parameter(torch.ones(2))
+    False
+    """
+    return hasattr(tensor, "_param_infos")
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Return whether a module is a `FullyShardedDataParallel`.
+
+    >>> is_fsdp1(nn.Linear(2, 2))
+    False
+    """
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+
+
+def shapes_before_flattening(root: nn.Module) -> dict[int, torch.Size]:
+    """Return, by `id`, the shapes of parameters of which FSDP1 (`use_orig_params=True`) has made flat pieces.
+
+    It has no public record of them, only the private lists of its flat parameter.
+
+    Args:
+        root: The outermost module.
+
+    >>> shapes_before_flattening(nn.Linear(2, 2))
+    {}
+    """
+    shapes: dict[int, torch.Size] = {}
+    for module in filter(is_fsdp1, root.modules()):
+        flat: Any = getattr(module, "_flat_param", None)
+        if flat is not None and flat._params is not None:
+            shapes.update({id(p): shape for p, shape in zip(flat._params, flat._shapes, strict=True)})
+    return shapes
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a parameter is spread over processes, or a piece of it.
 
@@ -215,6 +328,13 @@ def _zero3_whole(parameter: Any) -> Tensor:
     pieces = [torch.empty_like(parameter.ds_tensor) for _ in range(dist.get_world_size(parameter.ds_process_group))]
     dist.all_gather(pieces, parameter.ds_tensor.detach(), group=parameter.ds_process_group)
     return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _placements_of_rows(tensor: Any) -> list[Any]:
+    from torch.distributed.tensor import Replicate
+
+    # a Partial has no dimension either
+    return [placement if getattr(placement, "dim", None) == 0 else Replicate() for placement in tensor.placements]
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

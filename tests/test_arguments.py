@@ -10,6 +10,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +21,17 @@ from torch import nn
 
 import lightning_l2
 from lightning_l2 import adaptive, convert, schedules
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_not_negative,
+    check_pattern,
+    check_positive,
+    check_types,
+)
 from lightning_l2.cli.project import SearchOptions
-from lightning_l2.constraints import bounds
+from lightning_l2.constraints import bounds, methods
 from lightning_l2.monitor import NormAlarms
 from lightning_l2.search.plan import Range, SearchPlan
 from tests.schedules.test_schedules import CLOSED_FORMS
@@ -55,6 +64,8 @@ PUBLIC: dict[Any, dict[str, Any]] = {
     convert.TrainingSetup: {"lr": 0.1},
     bounds.FixedBound: {"norm": 1.0},
     bounds.InitialBound: {},
+    bounds.RmsBound: {"rms": 0.1},
+    methods.AugmentedLagrangian: {},
     bounds.WarmupBound: {"steps": 2},
     bounds.InflectionBound: {},
 }
@@ -187,3 +198,22 @@ def test_long_values_are_cut_short() -> None:
     with pytest.raises(TypeError) as error:
         check_types(Everything, {"text": list(range(10_000))})
     assert re.search(r"got \[0, 1, 2, 3, 4, 5, \.\.\.\] of type list", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("check", "right", "wrong", "message"),
+    [
+        (check_positive, [1e-320, 3, np.float32(2.0), None], [0.0, -1, math.nan, math.inf], "finite and above 0"),
+        (check_not_negative, [0.0, 7, None], [-1e-9, math.nan, math.inf], "finite and at least 0"),
+        (check_fraction, [0.0, 0.999, None], [1.0, -0.1, math.nan], "at least 0 and below 1"),
+        (partial(check_at_least, 2), [2, 7.5, None], [1, math.nan], "at least 2"),
+        (partial(check_choice, ("a", "b", None)), ["a", None], ["c", 1], "'a', 'b' or None"),
+        (partial(check_pattern), ["^a", None], ["(", "*"], "a regular expression"),
+    ],
+    ids=range(6),
+)
+def test_values(check: Any, right: list[Any], wrong: list[Any], message: str) -> None:
+    check(first=right[0], **{f"other{index}": value for index, value in enumerate(right)})
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"^Expected `second` to be {message}, got {re.escape(repr(value))}[.:]"):
+            check(first=right[0], second=value, third=value)

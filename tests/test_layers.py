@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,11 +30,8 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "adaptive.swd",
     "cli.parser",
     "cli.project",
-    "constraints.in_force",
-    "constraints.vectors",
     "convert.conversion",
     "convert.formulas",
-    "convert.radius",
     "decay.arithmetic",
     "decay.penalty",
     "extras",
@@ -60,7 +58,6 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "search.search",
     "search.storage",
     "search.trials",
-    "sharding",
     "trainer.clock",
     "trainer.logging",
     "trainer.optimizers",
@@ -235,6 +232,54 @@ def test_private_names_of_lightning_are_in_one_place() -> None:
 def test_type_hints_of_dataclasses_can_be_read() -> None:
     # Python 3.10 can't evaluate the annotation `_: KW_ONLY`, so neither our checks nor jsonargparse see any type
     assert not [path for path in PACKAGE.rglob("*.py") if "KW_ONLY" in path.read_text()]
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Yield where each docstring stands, and what it says."""
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None:
+                    yield f"{module}: {getattr(node, 'name', 'the module')}", text
+
+
+# what code doesn't have between backticks: spaces around such an operator, a caret, a norm's bars
+FORMULA = re.compile(r" (?:\*\*?|/|<-) |\^|\|\||\bsqrt\(")
+SOURCE = re.compile(r"^Sources?\b(.*?)(?=^Source|^$|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def test_formulas_are_between_dollars() -> None:
+    found = [
+        f"{place}: {code}"
+        for place, text in docstrings()
+        for code in re.findall(r"`([^`]+)`", text)
+        if FORMULA.search(code)
+    ]
+    assert not found
+
+
+def test_a_source_is_one_line_with_its_year() -> None:
+    """`Source: authors, title, arXiv number, year.`; a place within it may follow the year."""
+    found = [(place, match[0]) for place, text in docstrings() for match in SOURCE.finditer(text)]
+    assert len(found) > 20
+    wrong = [
+        (place, line)
+        for place, line in found
+        if not (line.startswith("Source: ") and re.search(r"\b(?:19|20)\d\d\b", line) and line.rstrip().endswith("."))
+        or ("arXiv" in line and not re.search(r"arXiv (?:\d{4}\.\d{5}|[a-z-]+/\d{7})\b", line.replace("\n", " ")))
+    ]
+    assert not wrong
+
+
+def test_arguments_are_told_in_sentences() -> None:
+    wrong = []
+    for place, text in docstrings():
+        for section in re.findall(r"^Args:\n((?:[ ]+.*\n?|\n(?=[ ]))+)", text, re.MULTILINE):
+            entries = re.split(r"^    (?=\S)", section, flags=re.MULTILINE)[1:]
+            told = [entry.partition(": ")[2].strip() for entry in entries]
+            wrong += [(place, entry) for entry in told if not re.match(r"[A-Z`\"$0-9]", entry) or entry[-1] not in ".:"]
+    assert not wrong
 
 
 def test_each_module_has_a_test_of_its_name() -> None:

@@ -221,7 +221,7 @@ def test_norms_that_overflowed_are_not_taken_for_nothing() -> None:
 
 @pytest.mark.parametrize("metric_class", METRICS)
 def test_unknown_statistic(metric_class: Any) -> None:
-    message = "Expected argument `statistic` to be one of 'last', 'mean', 'min', 'max', 'std', but got 'median'."
+    message = "Expected `statistic` to be 'last', 'mean', 'min', 'max' or 'std', got 'median'."
     with pytest.raises(ValueError, match=message):
         metric_class("median")
 

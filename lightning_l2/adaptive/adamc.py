@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
-from lightning_l2.adaptive.selection import HEAD, check_pattern, matches
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import check_positive
+from lightning_l2.adaptive.selection import HEAD, matches
+from lightning_l2.arguments import check_pattern, check_positive, check_types
 from lightning_l2.schedules.feedback import (
     FeedbackSchedule,
     OptimizerLike,
@@ -20,11 +19,11 @@ from lightning_l2.schedules.feedback import (
 @final
 @dataclass(frozen=True)
 class CorrectedDecay(FeedbackSchedule):
-    """Correct weight decay for the learning rate's schedule: `multiplier = lr / max_lr`, and 1 for the excluded groups.
+    r"""Correct weight decay for the learning rate's schedule: $multiplier = lr / max_lr$, and 1 for excluded groups.
 
-    A normalised layer settles where `||gradient|| / ||w|| = sqrt(2 * weight_decay / lr)`; a falling lr alone lets the
-    gradient grow at the end of training. With decoupled decay a corrected step takes `lr ** 2 / max_lr * weight_decay`
-    of the weights.
+    A normalised layer settles where $\|gradient\| / \|w\| = \sqrt{2 * weight_decay / lr}$; a falling lr alone lets
+    the gradient grow at the end of training. With decoupled decay a corrected step takes $lr^2 / max_lr *
+    weight_decay$ of the weights.
 
     Meant for layers that a normalisation follows, in practice all but the output layer: give that one a rule of its
     own, whose name `exclude` finds. Reads `lr` (and `max_lr`, `initial_lr`) of every parameter group, of any
@@ -52,16 +51,15 @@ class CorrectedDecay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_pattern(self, "exclude", self.exclude)
-        if self.max_lr is not None:
-            check_positive(self, max_lr=self.max_lr)
+        check_pattern(exclude=self.exclude)
+        check_positive(max_lr=self.max_lr)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""
         check_learning_rates(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
-        """Return `lr / max_lr` for the corrected groups and 1 for the others."""
+        """Return $lr / max_lr$ for the corrected groups and 1 for the others."""
         ratios = relative_learning_rates(optimizer, self.max_lr, state)
         return [
             1.0 if matches(self.exclude, group) else ratio

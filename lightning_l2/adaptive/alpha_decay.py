@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from lightning_l2.adaptive.selection import HEAD, base_weight_decay, check_pattern, matches
-from lightning_l2.arguments import check_types
+from lightning_l2.adaptive.selection import HEAD, base_weight_decay, matches
+from lightning_l2.arguments import check_at_least, check_not_negative, check_pattern, check_types
 from lightning_l2.schedules.base import blend
 from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike
+from lightning_l2.sharding import whole
 
 
 @final
@@ -22,7 +23,7 @@ from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike
 class AlphaDecay(FeedbackSchedule):
     """Decay matrices the more, the less they have learnt, as their spectra tell.
 
-    `multiplier = s_min + (s_max - s_min) * (alpha - min(alpha)) / (max(alpha) - min(alpha))`, with `alpha` the Hill
+    $multiplier = s_min + (s_max - s_min) * (alpha - min(alpha)) / (max(alpha) - min(alpha))$, with `alpha` the Hill
     exponent of a matrix (`hill_exponent`) and the extremes over all measured matrices of the optimizer. A heavy tail
     (small alpha) is a sign of learnt features and is decayed less.
 
@@ -73,16 +74,12 @@ class AlphaDecay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_pattern(self, "exclude", self.exclude)
-        if not (0.0 <= self.s_min <= self.s_max < math.inf):
-            raise ValueError(
-                f"AlphaDecay needs 0 <= `s_min` <= `s_max`, both finite, but got {self.s_min} and {self.s_max}."
-            )
-        if self.every_n_steps < 1 or self.min_eigenvalues < 2:
-            raise ValueError(
-                "AlphaDecay needs `every_n_steps` of at least 1 and `min_eigenvalues` of at least 2, but got "
-                f"{self.every_n_steps} and {self.min_eigenvalues}."
-            )
+        check_pattern(exclude=self.exclude)
+        check_not_negative(s_min=self.s_min, s_max=self.s_max)
+        if self.s_min > self.s_max:
+            raise ValueError(f"Expected `s_min` to be at most `s_max`, {self.s_max}, got {self.s_min}.")
+        check_at_least(1, every_n_steps=self.every_n_steps)
+        check_at_least(2, min_eigenvalues=self.min_eigenvalues)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse an optimizer without a matrix that is large enough."""
@@ -131,10 +128,10 @@ class AlphaDecay(FeedbackSchedule):
 
 
 def hill_exponent(weight: Tensor) -> Tensor:
-    """Return the Hill estimate of the exponent of a weight's spectral tail.
+    r"""Return the Hill estimate of the exponent of a weight's spectral tail.
 
-    With the `n` eigenvalues `l_1 <= ... <= l_n` of `W^T W` (of complex weights `W^H W`) and `k = n // 2`:
-    `alpha = 1 + k / sum_{i=1..k} ln(l_{n-i+1} / l_{n-k})`. The eigenvalues of a convolution are those of the matrices
+    With the `n` eigenvalues `l_1 <= ... <= l_n` of $W^T W$ (of complex weights $W^H W$) and `k = n // 2`:
+    $alpha = 1 + k / \sum_{i=1..k} \ln(l_{n-i+1} / l_{n-k})$. The eigenvalues of a convolution are those of the matrices
     at all positions of its kernel. Eigenvalues below the precision of a decomposition count as that precision.
 
     Args:
@@ -151,11 +148,10 @@ def hill_exponent(weight: Tensor) -> Tensor:
     >>> round(hill_exponent(torch.diag(torch.tensor([1.0, 1.0, 2.0, 4.0]))).item(), 4)
     1.4809
     """
-    # By attribute: importing DTensor takes a second that most runs don't need.
-    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    matrix = whole(weight).detach()
     # MPS has neither float64 nor eigenvalues.
-    dtype = torch.complex128 if whole.is_complex() else torch.float64
-    wide = whole.detach().to("cpu" if whole.device.type == "mps" else whole.device, dtype)
+    dtype = torch.complex128 if matrix.is_complex() else torch.float64
+    wide = matrix.to("cpu" if matrix.device.type == "mps" else matrix.device, dtype)
     # A decomposition raises on what is not finite; of zeros, the exponent is not a number.
     wide = torch.where(wide.isfinite().all(), wide, 0.0)
     matrices = wide.reshape(*wide.shape[:2], -1).permute(2, 0, 1)

@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import check_multipliers
+from lightning_l2.arguments import check_at_least, check_fraction, check_not_negative, check_positive, check_types
 from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike, read_metric
 
 
 @final
 @dataclass(frozen=True)
 class AutoL2Decay(FeedbackSchedule):
-    """Start with strong weight decay and reduce it each time the training loss or error goes up.
+    r"""Start with strong weight decay and reduce it each time the training loss or error goes up.
 
-    A metric goes up when it is above its smallest value so far, in `patience` observations in a row. Then
-    `multiplier <- multiplier * factor`, and the next `refractory / multiplier` observations change nothing: the weaker
+    A metric goes up when it is above its smallest value so far, in `patience` observations in a row. Then $multiplier
+    \leftarrow multiplier * factor$, and the next $refractory / multiplier$ observations change nothing: the weaker
     the decay, the longer it takes to show. Strong decay reaches its best performance fast, weak decay reaches a better
     one later; this goes from the one to the other. The authors start at 0.1.
 
@@ -56,14 +55,10 @@ class AutoL2Decay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        if not 0.0 < self.factor < 1.0:
-            raise ValueError(
-                f"AutoL2Decay needs a `factor` above 0 and below 1, but got {self.factor}. It only ever reduces "
-                "weight decay; PlateauSchedule can raise it."
-            )
-        if self.patience < 1:
-            raise ValueError(f"AutoL2Decay needs a `patience` of at least 1, but got {self.patience}.")
-        check_multipliers(self, refractory=self.refractory, min_multiplier=self.min_multiplier)
+        check_positive(factor=self.factor)
+        check_fraction(factor=self.factor)  # it only ever reduces weight decay; PlateauSchedule can raise it
+        check_at_least(1, patience=self.patience)
+        check_not_negative(refractory=self.refractory, min_multiplier=self.min_multiplier)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Accept every optimizer: only metrics are read."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
 from lightning_l2.adaptive.selection import base_weight_decay, check_unflattened
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_fraction, check_types
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike
 
@@ -16,12 +16,12 @@ from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike
 @final
 @dataclass(frozen=True)
 class AdaptiveDecay(FeedbackSchedule):
-    """Keep the pull of weight decay in proportion to the pull of the loss.
+    r"""Keep the pull of weight decay in proportion to the pull of the loss.
 
-    `multiplier <- smoothing * multiplier + (1 - smoothing) * ||g|| / ||w||`, from 0, with `g` the gradient of the
-    loss and `w` the weights, each as one vector over the decayed groups (base weight decay above 0) of the optimizer.
-    The base weight decay then is the wanted ratio of the two pulls, `||weight_decay_t * w|| / ||g||`: the authors'
-    `lambda_awd`, about 0.02 where 5e-4 is usual.
+    $multiplier \leftarrow smoothing * multiplier + (1 - smoothing) * \|g\| / \|w\|$, from 0, with `g` the
+    gradient of the loss and `w` the weights, each as one vector over the decayed groups (base weight decay above 0) of
+    the optimizer. The base weight decay then is the wanted ratio of the two pulls, $\|weight_decay_t * w\| /
+    \|g\|$: the authors' `lambda_awd`, about 0.02 where 5e-4 is usual.
 
     Reads gradients and weights, of any optimizer. A step whose norms are not finite (fp16 overflow) or whose weights
     are all 0 changes nothing. One transfer from the accelerator a step.
@@ -48,18 +48,14 @@ class AdaptiveDecay(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ValueError(
-                f"AdaptiveDecay needs a `smoothing` within [0, 1), but got {self.smoothing}. It is the share of the "
-                "previous multiplier in the new one."
-            )
+        check_fraction(smoothing=self.smoothing)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse parameters that FSDP1 or DeepSpeed flattened; else only gradients and weights are read."""
         check_unflattened(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
-        """Return one multiplier for all groups, moved towards `||g|| / ||w||` of this step."""
+        r"""Return one multiplier for all groups, moved towards $\|g\| / \|w\|$ of this step."""
         weights = [
             parameter
             for group in optimizer.param_groups

@@ -27,16 +27,6 @@ def base_weight_decay(group: Mapping[str, Any]) -> float:
     return float(group.get("initial_weight_decay", group.get("weight_decay", 0.0)))
 
 
-def check_pattern(schedule: object, name: str, pattern: str | None) -> None:
-    """Raise a `ValueError` unless a pattern is a regular expression or None."""
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise ValueError(
-            f"{type(schedule).__name__} needs a regular expression as `{name}`, but got {pattern!r}: {error}."
-        ) from error
-
-
 def check_unflattened(schedule: object, optimizer: OptimizerLike) -> None:
     """Raise a `ValueError` if FSDP1 or DeepSpeed has flattened the parameters, so that no sums over them can be had."""
     # On FSDP2 a parameter is a DTensor, which knows its processes.

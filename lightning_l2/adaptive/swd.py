@@ -22,12 +22,12 @@ ADAM_FAMILY = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.opt
 @final
 @dataclass(frozen=True)
 class StableDecay(FeedbackSchedule):
-    """Scale weight decay as Adam scales its steps: `multiplier = 1 / sqrt(mean(v_hat))`, one for all groups.
+    r"""Scale weight decay as Adam scales its steps: $multiplier = 1 / \sqrt{mean(v_hat)}$, one for all groups.
 
-    `v_hat = (beta2 * v + (1 - beta2) * g ** 2) / (1 - beta2 ** step)` is the second moment that this step will use,
+    $v_hat = (beta2 * v + (1 - beta2) * g^2) / (1 - beta2^{step})$ is the second moment that this step will use,
     and the mean is over all elements of all parameters of the optimizer that have a gradient. Decoupled decay then is
-    `w <- w - lr / sqrt(mean(v_hat)) * weight_decay * w`. The multiplier is large where gradients are small (1000 at
-    1e-3), so the base weight decay has to be that much smaller than AdamW's: the authors use 5e-4.
+    $w \leftarrow w - lr / \sqrt{mean(v_hat)} * weight_decay * w$. The multiplier is large where gradients are
+    small (1000 at 1e-3), so the base weight decay has to be that much smaller than AdamW's: the authors use 5e-4.
 
     Reads `betas` and the states `exp_avg_sq`, `max_exp_avg_sq` and `step` of Adam, AdamW, NAdam and RAdam of torch, of
     their subclasses, and of any optimizer that keeps these states for its parameters once it has stepped. Meant for
@@ -64,7 +64,7 @@ class StableDecay(FeedbackSchedule):
 
     @torch.no_grad()
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
-        """Return `1 / sqrt(mean(v_hat))` of the coming step for all groups."""
+        r"""Return $1 / \sqrt{mean(v_hat)}$ of the coming step for all groups."""
         mean = coming_mean(optimizer)
         if mean > 0.0 and math.isfinite(mean):
             state["multiplier"] = 1.0 / math.sqrt(mean)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_at_least, check_choice, check_types
 from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.penalty import L2Objective, Penalised
 from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, expect_start
@@ -86,8 +86,9 @@ class L2Penalty(Callback):
         check_types(L2Penalty, locals() | {"rules": self.rules})
         if not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "L2Penalty's `weight_decay`")
-        if every_n_steps is not None and every_n_steps < 0:
-            raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
+        check_at_least(0, every_n_steps=every_n_steps)
+        check_choice(get_args(Towards), towards=towards)
+        check_choice(get_args(StartDevice), start_device=start_device)
         self.weight_decay = weight_decay
         self.towards = towards
         self.start_device = start_device

@@ -1,19 +1,19 @@
-"""L2 norms held below a bound while training."""
+"""L2 norms held within bounds, or on spheres, while training."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_l2.arguments import check_types
-from lightning_l2.constraints.attach import AttachedConstraint
-from lightning_l2.constraints.bounds import Bound, FixedBound
-from lightning_l2.constraints.in_force import ConstraintsInForce, names_of_constrained
-from lightning_l2.constraints.methods import AugmentedLagrangian, Projection
+from lightning_l2.arguments import check_at_least, check_positive, check_types
+from lightning_l2.constraints.attach import AttachedConstraint, AttachedConstraints, check_options
+from lightning_l2.constraints.bounds import Bound, FixedBound, InitialBound
+from lightning_l2.constraints.held import Memory
+from lightning_l2.constraints.methods import method_of
+from lightning_l2.constraints.selection import names_of_constrained
 from lightning_l2.rules.assign import assign_rules, resolve_rules
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule
@@ -29,19 +29,27 @@ if TYPE_CHECKING:
 
 
 class NormConstraint(Callback):
-    r"""Hold L2 norms of weights below a bound, by projection onto the ball or by an augmented Lagrangian.
+    r"""Hold L2 norms of weights below a bound, by projection or by an augmented Lagrangian, or exactly on a sphere.
 
     It acts right after each step of an optimizer, on the parameters of that optimizer, however the step was made. With
-    $w$ a parameter, a row of it or a group of parameters, $b$ its bound, $n$ its number of elements:
+    $w$ a parameter, a row of it or a group of parameters, $b$ its bound, $n$ its number of elements, $u$ the
+    optimizer's direction and $N(x) = x / \|x\|$:
 
     $$w \leftarrow w \min\left(1, \frac{b}{\|w\|}\right) \qquad \text{(projection)}$$
 
     $$\Lambda \leftarrow \max\left(0, \Lambda + \frac{4 \mu}{n} \cdot \frac{\|w\|^2 - b^2}{2}\right), \quad
     w \leftarrow (1 - \Lambda) w \qquad \text{(lagrangian)}$$
 
+    $$w \leftarrow b N(w - \eta b N(u)) \qquad \text{(sphere)}$$
+
     A projection holds the bound in every step and never touches what is inside. The Lagrangian (CPR) lets a norm exceed
-    its bound for a while and pulls it back by a decay $\Lambda$ that it finds itself. Both act beside any weight decay
-    of the optimizer, so set that to 0 where the constraint is to replace it.
+    its bound for a while and pulls it back by a decay $\Lambda$ that it finds itself. On the sphere (Hyperball) a norm
+    stays what it is and each step turns the weights by an angle of about the learning rate $\eta$, so choose that anew.
+    All act beside any weight decay of the optimizer, so set that to 0 where the constraint is to replace it.
+
+    The sphere reads $u$ from what the optimizer's step has changed, and holds a copy of the constrained weights while
+    it updates, two for a moment after that. What a step leaves alone, such as one that a gradient scaler skips, stays
+    as it is. In `bf16-true` steps are rounded before anybody sees them: train with `bf16-mixed`.
 
     Logged keys, with `norm_constraint` for `name`; norms are those between the optimizer's step and the constraint:
 
@@ -57,10 +65,13 @@ class NormConstraint(Callback):
 
     Args:
         bound: Largest L2 norm, in the unit of the weights, or where it comes from: one of `lightning_l2.constraints`.
-        method: `"projection"` or `"lagrangian"`.
+            None, on the sphere, is each norm before the first step.
+        method: `"projection"`, `"lagrangian"` or `"sphere"`.
         per: What has a norm: each `"parameter"`; each output `"row"` of a parameter (an index of its dimension 0), as
             in max-norm regularization; or a parameter `"group"` of the optimizer as one vector.
-        rules: Who is constrained: parameters that these rules give a weight decay. Exempt ones are left alone.
+        rules: Who is constrained: parameters that these rules give a weight decay. Exempt ones are left alone. On the
+            sphere presets leave out embeddings and the output layer, the last matrix that the module registers: give
+            these a rule of your own, before the preset, where they are to be on it.
         update_rate: $\mu$ of `lagrangian`, dimensionless, by default 1 as in the paper. Take less for parameters whose
             mean square comes near 1, such as an `Embedding` as torch initialises it.
         every_n_steps: Log every so many optimizer steps; None is the Trainer's `log_every_n_steps`, 0 never.
@@ -70,23 +81,26 @@ class NormConstraint(Callback):
     Raises:
         MisconfigurationException: Before the first step, if no parameter is constrained, or the strategy keeps the
             weights from the optimizer.
-        RuntimeError: Before the first step, if a bound would be 0, the first multiplier would turn weights around, or
-            FSDP has flattened what is to be constrained.
+        RuntimeError: Before the first step, if a bound would be 0, the first multiplier would turn weights around,
+            weights on a sphere are 0, or FSDP has flattened what is to be constrained.
 
-    Sources: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15, 2014;
-    Franke et al., "Improving Deep Learning Optimization through Constrained Parameter Regularization", arXiv
-    2311.09058, 2024, whose kappa is $b^2 / 2$ here.
+    Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15, 2014.
+    Source: Franke, Hefenbrock, Koehler and Hutter, "Improving Deep Learning Optimization through Constrained Parameter
+    Regularization", arXiv 2311.09058, 2024.
+    Source: Wen, Dang, Lyu, Ma and Liang, "Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball
+    Optimization", arXiv 2606.16899, 2026.
 
     >>> max_norm = NormConstraint(3.0, per="row")
     >>> from lightning_l2.constraints import InflectionBound
     >>> cpr = NormConstraint(InflectionBound(), method="lagrangian")
+    >>> hyperball = NormConstraint(None, method="sphere")
     """
 
     def __init__(
         self,
-        bound: float | Bound,
+        bound: float | Bound | None = None,
         *,
-        method: Literal["projection", "lagrangian"] = "projection",
+        method: Literal["projection", "lagrangian", "sphere"] = "projection",
         per: Literal["parameter", "row", "group"] = "parameter",
         rules: str | list[DecayRule | str] = "default",
         update_rate: float | None = None,
@@ -96,35 +110,27 @@ class NormConstraint(Callback):
     ) -> None:
         self.rules = resolve_rules(rules)
         check_types(NormConstraint, locals() | {"rules": self.rules})
-        if isinstance(bound, float | int) and not 0 < bound < math.inf:
-            raise ValueError(f"Expected `bound` to be positive and finite, got {bound!r}.")
-        if method not in ("projection", "lagrangian"):
-            raise ValueError(f"Expected `method` to be 'projection' or 'lagrangian', got {method!r}.")
-        if per not in ("parameter", "row", "group"):
-            raise ValueError(f"Expected `per` to be 'parameter', 'row' or 'group', got {per!r}.")
-        self.bound = bound if isinstance(bound, Bound) else FixedBound(float(bound))
-        if per == "row" and (method == "lagrangian" or not isinstance(self.bound, FixedBound)):
-            raise ValueError(
-                f"per='row' takes method='projection' and a number as `bound`, got method={method!r} and "
-                f"{self.bound}. Use per='parameter' or 'group' for bounds and multipliers that are remembered."
-            )
-        if update_rate is not None and method == "projection":
-            raise ValueError(f"A projection has no `update_rate`, got {update_rate!r}. Use method='lagrangian'.")
-        if update_rate is not None and not 0 < update_rate < math.inf:
-            raise ValueError(f"Expected `update_rate` to be positive and finite, got {update_rate!r}.")
-        if every_n_steps is not None and every_n_steps < 0:
-            raise ValueError(f"Expected `every_n_steps` to be at least 0 or None, got {every_n_steps!r}.")
+        check_at_least(0, every_n_steps=every_n_steps)
         if not name:
-            raise ValueError("NormConstraint needs a `name`, the prefix of its logged keys, but got an empty one.")
+            raise ValueError("Expected `name` to be the prefix of the logged keys, got ''. Leave it out, or give one.")
+        self._method = method_of(method, update_rate)
+        if bound is None and not self._method.compares:
+            raise ValueError("Expected `bound` to be a number or a Bound, got None. Only method='sphere' needs none.")
+        if isinstance(bound, float | int):
+            check_positive(bound=bound)
+            bound = FixedBound(float(bound))
+        self.bound = bound or InitialBound()
+        check_options(self.bound, self._method, per)
         self.method = method
         self.per = per
-        self.update_rate = 1.0 if update_rate is None and method == "lagrangian" else update_rate
+        self.update_rate = update_rate
         self.every_n_steps = every_n_steps
         self.log_each = log_each
         self.name = name
         # what bounds and multipliers remember, by parameter name and quantity
-        self._memory: dict[str, dict[str, float]] = {}
-        self._fit: ConstraintsInForce | None = None
+        self._memory: Memory = {}
+        self._fit: AttachedConstraints | None = None
+        self._has_logged = False
 
     @property
     def state_key(self) -> str:
@@ -135,7 +141,7 @@ class NormConstraint(Callback):
         """Forget an earlier fit; here, since states are restored after it."""
         if stage == "fit":
             self._release()
-            self._memory = {}
+            self._memory, self._has_logged = {}, False
             if splits_early(trainer):
                 raise MisconfigurationException(
                     "DeepSpeed overwrites the parameters with copies that its optimizer keeps to itself, so "
@@ -156,7 +162,7 @@ class NormConstraint(Callback):
         """Take note of the weights before a step; only now have all callbacks had their say about the groups."""
         if self._fit is None:
             self._idle = IdleWatch(trainer)
-            self._fit = ConstraintsInForce(partial(self._attach, trainer, pl_module), partial(self._follow, trainer))
+            self._fit = AttachedConstraints(partial(self._attach, trainer, pl_module), partial(self._follow, trainer))
         self._follow(trainer)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -172,17 +178,18 @@ class NormConstraint(Callback):
             return
         self._idle.count(trainer, batch)
         logged = is_logging_step(trainer, self.every_n_steps)
-        first = not self._fit.has_stepped and self.every_n_steps != 0
+        first = not self._has_logged and self.every_n_steps != 0
         if (logged or first) and ends_step(trainer):
-            self._fit.has_stepped = True
+            self._has_logged = True
             extremes, each = self._fit.metrics(self.name)
             shown = {**extremes, **(each if self.log_each else {})}
             log_metrics(trainer, shown if logged else {}, monitor=extremes)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notice that nothing of it acted."""
+        """Notice that nothing of it acted, or that it came to do harm."""
         if self._fit is not None:
             self._idle.end(trainer)
+            self._fit.metrics(self.name)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks off the optimizers."""
@@ -218,10 +225,14 @@ class NormConstraint(Callback):
         outermost = trainer.model
         return AttachedConstraint(
             optimizer,
-            partial(names_of_constrained, pl_module, self.rules, outermost, optimizers_in_use(trainer)),
+            partial(
+                names_of_constrained,
+                *(pl_module, self.rules, outermost, optimizers_in_use(trainer)),
+                hidden=self._method.compares,
+            ),
             self.bound,
             per=self.per,
-            method=Projection() if self.update_rate is None else AugmentedLagrangian(self.update_rate),
+            method=self._method,
             memory=self._memory,
             shards=flat_shards(pl_module if outermost is None else outermost),
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_choice, check_types
 from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.attach import Apply, check_options
 from lightning_l2.decay.by_rules import RuleDecay
@@ -43,7 +43,7 @@ class WeightDecay(Callback):
     r"""Give each parameter its own weight decay by rules, whatever optimizer the module has.
 
     Minimises $J(w) + \frac{\lambda}{2} \lVert w \rVert_2^2$ or one of its relatives (`apply`). The 1/2 makes $\lambda$
-    exactly torch's `weight_decay`: the gradient is $\lambda w$. A loss term `lambda * norm ** 2` is twice as strong.
+    exactly torch's `weight_decay`: the gradient is $\lambda w$. A loss term $\lambda \lVert w \rVert^2$ has twice that.
 
     `optimizer.param_groups` stays as the user made it, in every hook and every checkpoint; lambda is put into it while
     the optimizer updates, and only then. `weight_decay_in_force` and the logs of `L2NormMonitor` tell it.
@@ -98,8 +98,9 @@ class WeightDecay(Callback):
         check_types(WeightDecay, locals() | {"rules": self.rules})
         if weight_decay is not None and not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "WeightDecay's `weight_decay`")
-        if summary not in (True, False, "parameters"):
-            raise ValueError(f"Expected `summary` to be True, False or 'parameters', got {summary!r}.")
+        check_choice((True, False, "parameters"), summary=summary)
+        check_choice(get_args(Towards), towards=towards)
+        check_choice(get_args(StartDevice), start_device=start_device)
         check_options(apply, before_clipping, peak_lr, rounding)
         self.weight_decay = weight_decay
         self.apply = apply

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_at_least, check_choice, check_types
 from lightning_l2.decay.scheduled import ScheduledDecay
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.schedules.base import Schedule
@@ -63,12 +63,9 @@ class WeightDecayScheduler(Callback):
         values: Literal["multiplier", "weight_decay"] = "multiplier",
     ) -> None:
         check_types(WeightDecayScheduler, locals())
-        if interval not in ("step", "epoch"):
-            raise ValueError(f"Expected `interval` to be 'step' or 'epoch', got {interval!r}.")
-        if values not in ("multiplier", "weight_decay"):
-            raise ValueError(f"Expected `values` to be 'multiplier' or 'weight_decay', got {values!r}.")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"Expected `total_steps` to be at least 1 or None, got {total_steps!r}.")
+        check_choice(("step", "epoch"), interval=interval)
+        check_choice(("multiplier", "weight_decay"), values=values)
+        check_at_least(1, total_steps=total_steps)
         if isinstance(schedule, FeedbackSchedule) and (values != "multiplier" or total_steps or interval != "step"):
             raise ValueError(
                 f"{type(schedule).__name__} reads the training itself and gives multipliers: it takes neither "

@@ -1,8 +1,8 @@
-"""Norms held within bounds, after each update of any optimizer."""
+"""Norms held within bounds, or on spheres, after each update of any optimizer."""
 
 from lightning_l2.constraints.attach import AttachedConstraint
-from lightning_l2.constraints.bounds import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
-from lightning_l2.constraints.methods import AugmentedLagrangian, Method, Projection
+from lightning_l2.constraints.bounds import Bound, FixedBound, InflectionBound, InitialBound, RmsBound, WarmupBound
+from lightning_l2.constraints.methods import AugmentedLagrangian, Method, Projection, Sphere
 
 __all__ = [
     "AttachedConstraint",
@@ -13,6 +13,8 @@ __all__ = [
     "InitialBound",
     "Method",
     "Projection",
+    "RmsBound",
+    "Sphere",
     "WarmupBound",
 ]
 

@@ -1,29 +1,52 @@
-"""A norm constraint put into `optimizer.step()`, and what it remembers of each parameter."""
+"""A norm constraint put into `optimizer.step()`, and what is logged of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_l2.arguments import check_choice
+from lightning_l2.constraints.held import HeldVectors, Memory
 from lightning_l2.constraints.methods import Method, Projection, constrain_
-from lightning_l2.constraints.vectors import ConstrainedVectors
-from lightning_l2.optimizers.step_hook import StepHook, Turn
-from lightning_l2.param_groups.decay_groups import decay_groups
+from lightning_l2.optimizers.facts import step_size, torch_class
+from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.param_groups.decay_groups import decay_groups, decay_groups_of
+from lightning_l2.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from lightning_l2.constraints.bounds import Bound, State
-    from lightning_l2.constraints.vectors import Per
+    from lightning_l2.constraints.vectors import ConstrainedVectors, Per
+    from lightning_l2.param_groups.parts import DecayGroup
 
-Memory = dict[str, dict[str, float]]
 PROJECTION = Projection()
+
+
+def check_options(bound: Bound, method: Method, per: Per) -> None:
+    """Check the options of `AttachedConstraint`, as soon as they are known.
+
+    Raises:
+        ValueError: If an option is unknown, or they don't go together.
+    """
+    check_choice(("parameter", "row", "group"), per=per)
+    if per == "row" and (method.quantity or not bound.is_known_at_start):
+        raise ValueError(
+            f"per='row' takes 'projection' or 'sphere' as method and a bound that is known at the start, got {method} "
+            f"and {bound}. Use per='parameter' or 'group' for bounds and multipliers that change."
+        )
+    if method.compares and not bound.is_known_at_start:
+        raise ValueError(
+            f"A sphere has its radius from the start on, got {bound}. Use None, a number, InitialBound or RmsBound."
+        )
 
 
 class AttachedConstraint(StepHook):
@@ -37,11 +60,12 @@ class AttachedConstraint(StepHook):
         per: "parameter", "row" or "group"; see `ConstrainedVectors`.
         method: How norms are held at their bounds.
         memory: What bounds and multipliers remember, by parameter name and quantity; read where parameters are new,
-            written by `memorise`. A group shares its memory among its parameters, and takes that of its first.
+            written by `memorise`. A group shares its memory among its parameters, and begins anew with other ones.
         shards: The process group that FSDP1 has spread a parameter over, by the parameter's `id`.
 
     Raises:
         TypeError: If the optimizer has no step hooks.
+        ValueError: If the options don't go together.
 
     >>> layer = torch.nn.Linear(2, 1, bias=False)
     >>> _ = torch.nn.init.ones_(layer.weight)
@@ -66,6 +90,7 @@ class AttachedConstraint(StepHook):
         memory: Memory | None = None,
         shards: Mapping[int, ProcessGroup] | None = None,
     ) -> None:
+        check_options(bound, method, per)
         super().__init__(optimizer, "NormConstraint")
         self._names = names
         self._bound = bound
@@ -74,12 +99,11 @@ class AttachedConstraint(StepHook):
         self._memory = memory if memory is not None else {}
         self._shards = shards or {}
         self._layout: tuple[int, list[bool]] | None = None
-        self._vectors: ConstrainedVectors | None = None
-        self._members: list[list[str]] = []
-        self._state: State = {}
-        self.labels: list[str] = []
+        self._held: HeldVectors | None = None
+        self._before: ConstrainedVectors | None = None
         # the state that the last step was constrained with, and the squared norms before it was
         self._last: tuple[State, Tensor] | None = None
+        self._is_told = False
 
     def remove(self) -> None:
         """Take it off the optimizer, and write down what it remembers."""
@@ -95,19 +119,23 @@ class AttachedConstraint(StepHook):
         names = self._names()
         if names:
             self.memorise()
-            constrained = [
-                (group.name, [tensor for tensor in group.params if names.get(tensor) and tensor.requires_grad])
-                for group in known.groups
-            ]
-            self._take_up(constrained, names)
+            self._held = HeldVectors(known.groups, names, self._per, self._memory, self._shards)
+            self._last, self._before = None, None
+            if self._held.labels:
+                if self._method.compares:
+                    self._check_groups(self._held.groups)
+                self._held.start(self._bound, self._method)
             self._layout = layout
 
     def memorise(self) -> None:
         """Write down what bounds and multipliers remember."""
-        for key, values in self._state.items():
-            for members, value in zip(self._members, values.tolist(), strict=True):
-                for name in members:
-                    self._memory.setdefault(name, {})[key] = value
+        if self._held is not None:
+            self._held.memorise()
+
+    @property
+    def labels(self) -> list[str]:
+        """What the columns of `readout` belong to."""
+        return [] if self._held is None else self._held.labels
 
     @property
     def quantities(self) -> list[str]:
@@ -120,111 +148,137 @@ class AttachedConstraint(StepHook):
 
         A slack is the bound minus the norm between the optimizer's step and the constraint, the smallest one of rows.
         """
-        if self._last is None or self._vectors is None:
+        if self._last is None or self._held is None:
             return None
-        state, squares = self._last
-        bounds = torch.as_tensor(self._bound.bounds(state), dtype=squares.dtype, device=squares.device)
-        slacks = bounds - squares.sqrt()
+        vectors, (state, squares) = self._held.vectors, self._last
+        bounds = self._bound.bounds(state, vectors.sizes)
+        bounds = torch.as_tensor(bounds, dtype=squares.dtype, device=squares.device).expand_as(squares)
+        table = torch.stack([bounds, bounds - squares.sqrt()])
         if self._per == "row":
-            # No slack is larger than the bound, which stands for tensors without a row here.
-            rows = torch.split_with_sizes(slacks, self._vectors.counts)
-            slacks = torch.stack([torch.cat([part, bounds.view(1)]).min() for part in rows])
-            if any(hasattr(tensor, "placements") for tensor in self._vectors.tensors):
-                dist.all_reduce(slacks, dist.ReduceOp.MIN)
-        table = [bounds.expand_as(slacks), slacks]
-        return torch.stack([*table, self._state[self._method.quantity]] if self._method.quantity else table)
+            # tensors without a row here have those of other processes
+            none = table.new_full((2, 1), math.inf)
+            rows = torch.split_with_sizes(table, vectors.counts, dim=1)
+            table = torch.stack([torch.cat([part, none], dim=1).amin(1) for part in rows], dim=1)
+            if any(map(is_sharded, vectors.tensors)):
+                dist.all_reduce(table, dist.ReduceOp.MIN)
+        own = [self._held.state[self._method.quantity]] if self._method.quantity else []
+        return torch.stack([*table, *own])
 
     @property
     def undecided(self) -> bool:
         """Whether it is still open what there is to constrain."""
         return self._layout is None
 
+    def begin(self, *, has_closure: bool) -> None:
+        """Copy weights that may move before the closure is called, as no optimizer of torch's does."""
+        self._before = None
+        if has_closure and torch_class(self.optimizer) is None:
+            self._copy()
+
+    def before_update(self) -> None:
+        """Copy weights before they move, once a step however often the closure is called."""
+        if self._before is None:
+            self._copy()
+
     def after_update(self) -> None:
         """Constrain what there is to constrain."""
         self.prepare()
-        if self._vectors is not None and self.labels:
+        held = self._held
+        if held is not None and held.labels:
             # A fused optimizer is called even where the gradient scaler found an infinity, and skips the step itself.
             found_inf = getattr(self.optimizer, "found_inf", None)
             stepped = None if found_inf is None else (found_inf == 0).reshape(())
-            before = self._state
-            self._state, squares = constrain_(self._vectors, before, self._bound, self._method, stepped=stepped)
-            self._last = before, squares
-
-    def _take_up(self, groups: list[tuple[str, list[Tensor]]], names: Mapping[Tensor, str | None]) -> None:
-        """Begin to constrain other parameters than before."""
-        tensors = [tensor for _, group in groups for tensor in group]
-        shards = [self._shards.get(id(tensor)) for tensor in tensors]
-        every = [names[tensor] or "" for tensor in tensors]
-        _check_whole(tensors, every, self._per == "row" and any(shards))
-        self._members, self.labels, counts = [[name] for name in every], every, None
-        if self._per == "group":
-            self._members = [[names[tensor] or "" for tensor in group] for _, group in groups if group]
-            self.labels = [label for label, group in groups if group]
-            counts = [len(members) for members in self._members]
-        self._vectors = ConstrainedVectors(tensors, self._per, counts, shards if any(shards) else None)
-        self._state, self._last = {}, None
-        if tensors and self._per != "row":
-            self._state = self._start(self._vectors)
-
-    def _start(self, vectors: ConstrainedVectors) -> State:
-        """Return the state before the first step of each vector, or the one remembered of it."""
-        squares = vectors.squares()
-        state = dict(self._bound.start(squares.sqrt()))
-        self._check_first(vectors, squares, state)
-        if self._method.quantity:
-            state[self._method.quantity] = torch.zeros_like(squares)
-        for key, values in state.items():
-            known = [self._memory.get(members[0], {}).get(key) for members in self._members]
-            if any(value is not None for value in known):
-                fresh = zip(known, values.tolist(), strict=True)
-                state[key] = values.new_tensor([new if old is None else old for old, new in fresh])
-        self._check_bounds(state)
-        return state
-
-    def _check_bounds(self, state: State) -> None:
-        bounds = torch.as_tensor(self._bound.bounds(state)).expand(len(self.labels)).tolist()
-        zero = [label for label, bound in zip(self.labels, bounds, strict=True) if bound == 0]
-        if zero:
-            raise RuntimeError(
-                f"{self._bound} makes the bound of {_listed(zero)} 0, the norm at the start, so that it would stay 0. "
-                "Exempt it by a rule with weight_decay=0, or use a number or WarmupBound as the bound."
+            size = held.vectors.operand(list(map(step_size, held.parents))) if self._method.compares else 0.0
+            state, before, self._before = held.state, self._before, None
+            held.state, squares = constrain_(
+                held.vectors, state, self._bound, self._method, before=before, size=size, stepped=stepped
             )
+            self._last = state, squares
 
-    def _check_first(self, vectors: ConstrainedVectors, squares: Tensor, state: State) -> None:
-        """Refuse a method whose first step would turn weights around."""
-        shares = self._method.first(vectors, squares, self._bound.bounds(state))
-        wild = (
-            {
-                label: share
-                for label, members, share in zip(self.labels, self._members, shares.tolist(), strict=True)
-                if share >= 1 and members[0] not in self._memory
-            }
-            if shares is not None
-            else {}
-        )
-        if wild:
+    def warn(self, quantity: str, values: Mapping[str, float]) -> None:
+        """Warn once if what the method remembers has come to do harm.
+
+        Args:
+            quantity: One of `quantities`.
+            values: It by label.
+        """
+        label, largest = max(values.items(), key=lambda item: item[1], default=("", -math.inf))
+        text = self._method.warning(largest) if quantity == self._method.quantity else ""
+        if text and not self._is_told:
+            self._is_told = True
+            rank_zero_warn(f"NormConstraint of {label!r}: {text}")
+
+    def _copy(self) -> None:
+        if self._method.compares:
+            self.prepare()
+            if self._held is not None and self._held.labels:
+                self._before = self._held.vectors.copied()
+
+    def _check_groups(self, groups: Sequence[DecayGroup]) -> None:
+        """Refuse groups without a learning rate, and tell of those whose weights decay."""
+        if any(group.parent.get("lr") is None for group in groups):
             raise RuntimeError(
-                f"The weights of {_listed(list(wild))} are so far outside of {self._bound} that the first multiplier "
-                f"would be {max(wild.values()):.3g}, and 1 or more turns them around. Use a larger bound, an "
-                f"update_rate {max(wild.values()):.2g} times smaller, or method='projection'."
+                f"On a sphere weights turn by the learning rate, and a group of {type(self.optimizer).__name__} has no "
+                "`lr`. Use method='projection'."
+            )
+        decaying = {group.name: float(group.weight_decay or group.base or 0.0) for group in groups}
+        name, largest = max(decaying.items(), key=lambda item: item[1])
+        if largest > 0 and not self._is_told:
+            self._is_told = True
+            rank_zero_warn(
+                f"The weight decay of {largest:g} in group {name!r} has no effect to first order: its weights are held "
+                "on a sphere, and decay only shortens and tilts the direction of their steps. Set it to 0 for them."
             )
 
 
-def _check_whole(tensors: list[Tensor], names: list[str], rows_are_cut: bool) -> None:
-    """Refuse what FSDP1 has flattened beyond recognition."""
-    for tensor, name in zip(tensors, names, strict=True):
-        if hasattr(tensor, "_param_infos"):
-            raise RuntimeError(
-                f"FSDP has flattened {name!r} and others into one parameter, whose norm is none of theirs. "
-                "Use FSDP with use_orig_params=True, or ModelParallelStrategy with fully_shard."
-            )
-    if rows_are_cut:
-        raise RuntimeError(
-            "FSDP has cut the parameters into flat pieces, which have no rows. Use ModelParallelStrategy with "
-            "fully_shard, or per='parameter'."
-        )
+class AttachedConstraints:
+    """A constraint on all optimizers of a training, whichever these are.
 
+    Args:
+        attach: Attaches it to one of them.
+        look: As of `Attachments`.
+    """
 
-def _listed(labels: list[str]) -> str:
-    """Return the first of some labels, and how many there are."""
-    return repr(labels[0]) if len(labels) == 1 else f"{labels[0]!r} and {len(labels) - 1} more"
+    def __init__(
+        self, attach: Callable[[Optimizer], AttachedConstraint], look: Callable[[], Any] | None = None
+    ) -> None:
+        self._constraints = Attachments(lambda _, optimizer: attach(optimizer), look)
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether lazy parameters put off what there is to constrain."""
+        return any(constraint.undecided for constraint in self._constraints)
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Go over to other optimizers, and look up what there is to constrain, before a step moves it."""
+        decay_groups_of(optimizers)
+        self._constraints.follow(optimizers)
+        for constraint in self._constraints:
+            constraint.prepare()
+
+    def memorise(self) -> None:
+        """Write down what bounds and multipliers remember."""
+        for constraint in self._constraints:
+            constraint.memorise()
+
+    def remove(self) -> None:
+        """Leave the optimizers alone."""
+        self._constraints.remove()
+
+    def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the extremes and the values of each vector, by logged key, in one transfer."""
+        read = [(one, table) for one in self._constraints if (table := one.readout()) is not None]
+        if not read:
+            return {}, {}
+        labels = [label for one, _ in read for label in one.labels]
+        columns = torch.cat([table for _, table in read], dim=1).tolist()
+        extremes, each = {}, {}
+        for quantity, values in zip(read[0][0].quantities, columns, strict=True):
+            # Bounds that are not known yet are infinite.
+            finite = {label: value for label, value in zip(labels, values, strict=True) if math.isfinite(value)}
+            each.update({f"{prefix}/{quantity}/{label}": value for label, value in finite.items()})
+            if finite:
+                extreme = min if quantity in ("bound", "slack") else max
+                extremes[f"{prefix}/{quantity}"] = extreme(finite.values())
+            read[0][0].warn(quantity, finite)
+        return extremes, each

@@ -1,8 +1,9 @@
-"""Where the bound of a norm constraint comes from: a number, the norm at the start, after a warm-up, or at inflection.
+r"""Where the bound of a norm constraint comes from: a number, the size, the norm at the start, later, or at inflection.
 
-Source of the four: Jörg K. H. Franke, Michael Hefenbrock, Gregor Koehler and Frank Hutter, "Improving Deep Learning
-Optimization through Constrained Parameter Regularization", arXiv 2311.09058, 2024, section 4.3. The paper bounds
-R(w) by kappa, this package the norm itself: with R(w) = ||w||^2 / 2, kappa = b^2 / 2.
+The paper bounds $R(w)$ by $\kappa$, this package the norm itself: with $R(w) = \|w\|^2 / 2$, $\kappa = b^2 / 2$.
+
+Source: Franke, Hefenbrock, Koehler and Hutter, "Improving Deep Learning Optimization through Constrained Parameter
+Regularization", arXiv 2311.09058, 2024.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_at_least, check_fraction, check_positive, check_types
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,12 @@ class Bound(ABC):
 
     Subclasses are frozen dataclasses whose methods are pure functions of tensors and read nothing back to the host.
     What a bound remembers is a dict of 1-D tensors with one entry a vector, on the vectors' device.
+
+    Attributes:
+        is_known_at_start: Whether bounds are there before the first step, and what is remembered stays as it is.
     """
+
+    is_known_at_start: ClassVar[bool] = False
 
     def start(self, norms: Tensor) -> State:
         """Return what there is to remember before the first step.
@@ -41,8 +47,13 @@ class Bound(ABC):
         return {}
 
     @abstractmethod
-    def bounds(self, state: State) -> float | Tensor:
-        """Return the bounds in force, in the unit of the norms; infinity where there is none yet."""
+    def bounds(self, state: State, sizes: float | Tensor = 1.0) -> float | Tensor:
+        """Return the bounds in force, in the unit of the norms; infinity where there is none yet.
+
+        Args:
+            state: What there is to remember.
+            sizes: Numbers of elements of the vectors.
+        """
 
     def advance(self, state: State, norms: Tensor) -> State:
         """Return what there is to remember anew after a step.
@@ -57,7 +68,7 @@ class Bound(ABC):
 @final
 @dataclass(frozen=True)
 class FixedBound(Bound):
-    """The same bound for all vectors: b = norm. The paper's `Kappa-K`, with kappa = norm^2 / 2.
+    r"""The same bound for all vectors: $b = norm$. The paper's `Kappa-K`, with $\kappa = norm^2 / 2$.
 
     Args:
         norm: Largest L2 norm, in the unit of the weights.
@@ -66,23 +77,50 @@ class FixedBound(Bound):
     3.0
     """
 
+    is_known_at_start: ClassVar[bool] = True
+
     norm: float
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        _check_positive("norm", self.norm)
+        check_positive(norm=self.norm)
 
-    def bounds(self, state: State) -> float:
+    def bounds(self, state: State, sizes: float | Tensor = 1.0) -> float:
         """Return the norm."""
         return self.norm
 
 
 @final
 @dataclass(frozen=True)
-class InitialBound(Bound):
-    """A multiple of the norm before the first step: b = factor ||w_0||.
+class RmsBound(Bound):
+    r"""The same bound on the root mean square of all vectors: $b = c \sqrt{n}$ for n elements.
 
-    The paper's `Kappa-kI0` is k R(w_0); a factor on R is the square of one on the norm: k = factor^2.
+    Args:
+        rms: Largest root mean square $c$, in the unit of the weights.
+
+    >>> RmsBound(0.02).bounds({}, sizes=10_000.0)
+    2.0
+    """
+
+    is_known_at_start: ClassVar[bool] = True
+
+    rms: float
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
+        check_positive(rms=self.rms)
+
+    def bounds(self, state: State, sizes: float | Tensor = 1.0) -> float | Tensor:
+        """Return the root mean square times that of the number of elements."""
+        return self.rms * sizes**0.5
+
+
+@final
+@dataclass(frozen=True)
+class InitialBound(Bound):
+    r"""A multiple of the norm before the first step: $b = factor \|w_0\|$.
+
+    The paper's `Kappa-kI0` is $k R(w_0)$; a factor on R is the square of one on the norm: $k = factor^2$.
 
     Args:
         factor: Multiple of the norm, dimensionless.
@@ -92,17 +130,19 @@ class InitialBound(Bound):
     tensor([2., 6.])
     """
 
+    is_known_at_start: ClassVar[bool] = True
+
     factor: float = 1.0
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        _check_positive("factor", self.factor)
+        check_positive(factor=self.factor)
 
     def start(self, norms: Tensor) -> State:
         """Remember the norms."""
         return {"reference": norms}
 
-    def bounds(self, state: State) -> Tensor:
+    def bounds(self, state: State, sizes: float | Tensor = 1.0) -> Tensor:
         """Return the multiple of the remembered norms."""
         return self.factor * state["reference"]
 
@@ -110,7 +150,7 @@ class InitialBound(Bound):
 @final
 @dataclass(frozen=True)
 class WarmupBound(Bound):
-    """A multiple of the norm after some steps, none before: b = factor ||w_steps||. The paper's `Kappa-WS`.
+    r"""A multiple of the norm after some steps, none before: $b = factor \|w_{steps}\|$. The paper's `Kappa-WS`.
 
     Args:
         steps: Number of optimizer steps without a bound.
@@ -131,14 +171,14 @@ class WarmupBound(Bound):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        _check_count("steps", self.steps)
-        _check_positive("factor", self.factor)
+        check_at_least(1, steps=self.steps)
+        check_positive(factor=self.factor)
 
     def start(self, norms: Tensor) -> State:
         """Begin without a bound."""
         return {"reference": torch.full_like(norms, math.inf), "steps": torch.zeros_like(norms, dtype=torch.int64)}
 
-    def bounds(self, state: State) -> Tensor:
+    def bounds(self, state: State, sizes: float | Tensor = 1.0) -> Tensor:
         """Return the multiple of the remembered norms."""
         return self.factor * state["reference"]
 
@@ -151,11 +191,11 @@ class WarmupBound(Bound):
 @final
 @dataclass(frozen=True)
 class InflectionBound(Bound):
-    """A multiple of the norm where its growth begins to slow down, none before. The paper's `Kappa-IP`.
+    r"""A multiple of the norm where its growth begins to slow down, none before. The paper's `Kappa-IP`.
 
     The norm, smoothed by an exponential average, is sampled once a period. Where it grew by a smaller fraction than in
     the period before, yet by more than 1 %, its growth has passed the inflection point, and the bound becomes
-    b = factor ||w||. A norm that never slows down so, or shrinks, is never bounded. The first possible step is
+    $b = factor \|w\|$. A norm that never slows down so, or shrinks, is never bounded. The first possible step is
     4 `period`.
 
     Args:
@@ -181,10 +221,9 @@ class InflectionBound(Bound):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        _check_count("period", self.period)
-        _check_positive("factor", self.factor)
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"Expected `smoothing` to be at least 0 and below 1, got {self.smoothing!r}.")
+        check_at_least(1, period=self.period)
+        check_positive(factor=self.factor)
+        check_fraction(smoothing=self.smoothing)
 
     def start(self, norms: Tensor) -> State:
         """Begin without a bound, a sample or a growth."""
@@ -196,7 +235,7 @@ class InflectionBound(Bound):
             "growth": torch.zeros_like(norms),
         }
 
-    def bounds(self, state: State) -> Tensor:
+    def bounds(self, state: State, sizes: float | Tensor = 1.0) -> Tensor:
         """Return the multiple of the remembered norms."""
         return self.factor * state["reference"]
 
@@ -215,13 +254,3 @@ class InflectionBound(Bound):
             # The sample at 2 `period` is the first that counts: it has none before it to have grown from.
             "growth": torch.where(sampled & (steps > 2 * self.period), growth, state["growth"]),
         }
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"Expected `{name}` to be positive and finite, got {value!r}.")
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"Expected `{name}` to be a whole number of steps, at least 1, got {value!r}.")

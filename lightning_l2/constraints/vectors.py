@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_l2.norms.layout import at_least_fp32, wide_dtype
 from lightning_l2.norms.squared import ROW, squared_norms
-from lightning_l2.sharding import local_part, sum_over_shards
+from lightning_l2.sharding import groups_within_rows, local_part, sum_over_shards, whole_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +62,25 @@ class ConstrainedVectors:
         squares = squared_norms(self.tensors, self.shards)
         return torch.stack([part.sum() for part in self._parts(squares)]) if self.per == "group" else squares
 
+    def copied(self) -> ConstrainedVectors:
+        """Return vectors of the same values in memory of their own, in fp32 at least."""
+        wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in self.tensors]
+        copies = [
+            tensor.detach().clone() if tensor.dtype == dtype else tensor.detach().to(dtype)
+            for tensor, dtype in zip(self.tensors, wide, strict=True)
+        ]
+        return ConstrainedVectors(copies, self.per, self.counts if self.per == "group" else None, self.shards)
+
+    @torch.no_grad()
+    def add_(self, other: ConstrainedVectors, alpha: float = 1.0) -> None:
+        """Add others of the same shapes and types, times a number, in place."""
+        torch._foreach_add_(list(map(_local, self.tensors)), list(map(_local, other.tensors)), alpha=alpha)
+
+    @torch.no_grad()
+    def copy_(self, other: ConstrainedVectors) -> None:
+        """Take over the values of others of the same shapes, rounded to the own types."""
+        torch._foreach_copy_(list(map(_local, self.tensors)), list(map(_local, other.tensors)))
+
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
         """Multiply each vector by its factor, in place.
@@ -99,36 +118,58 @@ class ConstrainedVectors:
             torch.finfo(tensor.dtype).eps + 6 * torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps
             for tensor in self.tensors
         ]
-        if len(set(margins)) == 1:
-            return margins[0]
-        if self.per == "row":
-            return self._operand([m for m, n in zip(margins, self.counts, strict=True) for _ in range(n)])
-        return self._operand([max(part) for part in self._parts(margins)])
+        return self.operand(margins if self.per == "row" else [max(part) for part in self._parts(margins)])
 
     @cached_property
-    def rates(self) -> float | Tensor:
-        """The multipliers' rates `mu` = 4 / n for n elements; for "parameter" and "group" only.
-
-        CPR's authors bound ||w||^2 instead of half of it, at the rate 1 / n; the 4 turns it into the convention here.
-        """
+    def sizes(self) -> float | Tensor:
+        """The numbers of elements of the vectors, at least 1, since a vector may be empty."""
+        if self.per == "row":
+            return self.operand([max(tensor.shape[1:].numel(), 1.0) for tensor in self.tensors])
         sizes = torch.tensor([float(tensor.numel()) for tensor in self.tensors], dtype=torch.float64)
         if self.shards is not None:
             sizes = sum_over_shards(sizes.to(_local(self.tensors[0]).device), self.tensors, self.shards)
-        # at least 1: a vector may be empty
-        return self._operand([4 / max(sum(part), 1.0) for part in self._parts(sizes.tolist())])
+        return self.operand([max(sum(part), 1.0) for part in self._parts(sizes.tolist())])
+
+    @property
+    def rates(self) -> float | Tensor:
+        r"""The multipliers' rates $\mu = 4 / n$ for n elements.
+
+        CPR's authors bound $\|w\|^2$ instead of half of it, at the rate 1 / n; the 4 turns it into the convention here.
+        """
+        return 4 / self.sizes
+
+    def operand(self, values: Sequence[float | Tensor]) -> float | Tensor:
+        """Return numbers, one a tensor for "row" and one a vector else, as what meets the vectors' norms.
+
+        Numbers on the host that are all equal stay there.
+        """
+        first = values[0]
+        if not any(isinstance(value, Tensor) for value in values) and all(value == first for value in values):
+            return first
+        device = _local(self.tensors[0]).device
+        kind: Any = {"dtype": wide_dtype(device)}
+        if any(isinstance(value, Tensor) for value in values):
+            joined = torch.stack([torch.as_tensor(value).to(device, **kind).reshape(()) for value in values])
+        else:
+            # non_blocking: a copy that waits would stall the host
+            joined = torch.tensor(values, **kind).to(device, non_blocking=True)
+        return torch.cat([joined[i].expand(n) for i, n in enumerate(self.counts)]) if self.per == "row" else joined
+
+    def whole(self, values: Tensor) -> list[Tensor]:
+        """Cut what has one entry a vector into tensors: one of all rows for each tensor, from all shards, or a vector.
+
+        For "row" this takes a collective for each sharded tensor.
+        """
+        if self.per != "row":
+            return list(torch.split_with_sizes(values, [1] * len(values)))
+        parts = torch.split_with_sizes(values, self.counts)
+        return [whole_rows(part, tensor) for part, tensor in zip(parts, self.tensors, strict=True)]
 
     def _parts(self, values: _T) -> list[_T]:
         """Cut what has one entry a tensor, or a row, into what belongs to each vector, or tensor."""
         ends = accumulate(self.counts)
         sequence: Any = values
         return [sequence[end - n : end] for end, n in zip(ends, self.counts, strict=True)]
-
-    def _operand(self, values: list[float]) -> float | Tensor:
-        if len(set(values)) == 1:
-            return values[0]
-        device = _local(self.tensors[0]).device
-        # non_blocking: a copy that waits would stall the host
-        return torch.tensor(values, dtype=wide_dtype(device)).to(device, non_blocking=True)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -146,10 +187,8 @@ def _row_squares(tensors: Sequence[Tensor]) -> Tensor:
     # One collective for all tensors whose rows are cut over the same processes.
     cut: dict[ProcessGroup, list[Tensor]] = {}
     for part, tensor in zip(torch.split_with_sizes(squares, list(map(len, norms))), tensors, strict=True):
-        sharded: Any = tensor
-        for dim, placement in enumerate(getattr(sharded, "placements", ())):
-            if getattr(placement, "dim", 0) != 0:
-                cut.setdefault(sharded.device_mesh.get_group(dim), []).append(part)
+        for group in groups_within_rows(tensor):
+            cut.setdefault(group, []).append(part)
     for group, parts in cut.items():
         sums = torch.cat(parts)
         dist.all_reduce(sums, group=group)

@@ -1,4 +1,4 @@
-"""Weight decay from what one knows instead: a timescale, a prior, a normalised value, a radius; and back.
+"""Weight decay from what one knows instead: a timescale, a prior, a normalised value; and back.
 
 The functions convert numbers. A `Conversion` stands in the place of a number in a configuration and becomes one when
 the training's steps, learning rate and samples are known:
@@ -15,7 +15,6 @@ from lightning_l2.convert.formulas import (
     weight_decay_to_prior,
     weight_decay_to_timescale,
 )
-from lightning_l2.convert.radius import heuristic_equilibrium_radius, prior_to_radius, ridge_radius
 
 __all__ = [
     "Conversion",
@@ -23,11 +22,8 @@ __all__ = [
     "Normalised",
     "Timescale",
     "TrainingSetup",
-    "heuristic_equilibrium_radius",
     "normalised_to_weight_decay",
-    "prior_to_radius",
     "prior_to_weight_decay",
-    "ridge_radius",
     "timescale_to_weight_decay",
     "weight_decay_to_normalised",
     "weight_decay_to_prior",

@@ -6,10 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_not_negative, check_positive, check_types
 from lightning_l2.convert.formulas import (
-    check_not_negative,
-    check_positive,
     normalised_to_weight_decay,
     prior_to_weight_decay,
     timescale_to_weight_decay,
@@ -43,7 +41,7 @@ class TrainingSetup:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_positive(**{name: value for name, value in vars(self).items() if value is not None})
+        check_positive(**vars(self))
 
 
 class Conversion(ABC):
@@ -70,7 +68,7 @@ class Conversion(ABC):
 @final
 @dataclass(frozen=True)
 class Timescale(Conversion):
-    """Average the updates over so many epochs: `weight_decay = 1 / (lr * epochs * steps_per_epoch)`.
+    """Average the updates over so many epochs: $weight_decay = 1 / (lr * epochs * steps_per_epoch)$.
 
     Args:
         epochs: Timescale of the moving average that decoupled decay makes of the updates, in epochs, above 0; between
@@ -101,7 +99,7 @@ class Timescale(Conversion):
 @final
 @dataclass(frozen=True)
 class GaussianPrior(Conversion):
-    """Believe the weights to be drawn from `N(0, sigma ** 2)`: `weight_decay = 1 / (samples * sigma ** 2)`.
+    """Believe the weights to be drawn from $N(0, sigma^2)$: $weight_decay = 1 / (samples * sigma^2)$.
 
     For a loss that is the mean over the samples, and decay that is part of the objective (coupled, `L2Penalty`).
 
@@ -137,7 +135,7 @@ class GaussianPrior(Conversion):
 @final
 @dataclass(frozen=True)
 class Normalised(Conversion):
-    """Keep a value that suits any length: `weight_decay = normalised * sqrt(batch_size / (samples * epochs))`.
+    r"""Keep a value that suits any length: $weight_decay = normalised * \sqrt{batch_size / (samples * epochs)}$.
 
     Args:
         weight_decay: Normalised weight decay, that of a training with a single step, at least 0.

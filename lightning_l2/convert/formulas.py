@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from lightning_l2.arguments import check_not_negative, check_positive
+
 
 def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: float) -> float:
     """Return the weight decay under which decoupled weights average their updates over so many epochs.
 
-    AdamW keeps an exponential moving average of its updates with a timescale of `1 / (lr * weight_decay)` steps, so
-    `weight_decay = 1 / (lr * epochs * steps_per_epoch)`.
+    AdamW keeps an exponential moving average of its updates with a timescale of $1 / (lr * weight_decay)$ steps, so
+    $weight_decay = 1 / (lr * epochs * steps_per_epoch)$.
 
     Args:
         epochs: Timescale of the average, in epochs, above 0.
@@ -30,7 +32,7 @@ def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: floa
 
 
 def weight_decay_to_timescale(weight_decay: float, *, lr: float, steps_per_epoch: float) -> float:
-    """Return over how many epochs decoupled weights average their updates: `1 / (lr * weight_decay * steps_per_epoch)`.
+    """Return over how many epochs decoupled weights average updates: $1 / (lr * weight_decay * steps_per_epoch)$.
 
     The inverse of `timescale_to_weight_decay`, with the same units, errors and source.
 
@@ -42,9 +44,9 @@ def weight_decay_to_timescale(weight_decay: float, *, lr: float, steps_per_epoch
 
 
 def prior_to_weight_decay(sigma: float, *, samples: float) -> float:
-    """Return the weight decay that makes training a maximum a posteriori estimate: `1 / (samples * sigma ** 2)`.
+    r"""Return the weight decay that makes training a maximum a posteriori estimate: $1 / (samples * sigma^2)$.
 
-    For a loss that is the *mean* negative log-likelihood of the samples, and a prior `w ~ N(0, sigma ** 2)` for each
+    For a loss that is the *mean* negative log-likelihood of the samples, and a prior $w \sim N(0, sigma^2)$ for each
     weight. Coupled decay and `L2Penalty` minimise that objective; decoupled decay with an adaptive optimizer doesn't.
 
     Args:
@@ -64,7 +66,7 @@ def prior_to_weight_decay(sigma: float, *, samples: float) -> float:
 
 
 def weight_decay_to_prior(weight_decay: float, *, samples: float) -> float:
-    """Return the standard deviation of the prior that a weight decay stands for: `1 / sqrt(samples * weight_decay)`.
+    r"""Return the standard deviation of the prior that a weight decay stands for: $1 / \sqrt{samples * weight_decay}$.
 
     The inverse of `prior_to_weight_decay`, with the same units, errors and source.
 
@@ -76,7 +78,7 @@ def weight_decay_to_prior(weight_decay: float, *, samples: float) -> float:
 
 
 def normalised_to_weight_decay(normalised: float, *, batch_size: float, samples: float, epochs: float) -> float:
-    """Return the weight decay of a normalised one: `normalised * sqrt(batch_size / (samples * epochs))`.
+    r"""Return the weight decay of a normalised one: $normalised * \sqrt{batch_size / (samples * epochs)}$.
 
     Normalised values stay about right when the length of the training changes.
 
@@ -100,7 +102,7 @@ def normalised_to_weight_decay(normalised: float, *, batch_size: float, samples:
 
 
 def weight_decay_to_normalised(weight_decay: float, *, batch_size: float, samples: float, epochs: float) -> float:
-    """Return the normalised weight decay: `weight_decay * sqrt(samples * epochs / batch_size)`.
+    r"""Return the normalised weight decay: $weight_decay * \sqrt{samples * epochs / batch_size}$.
 
     The inverse of `normalised_to_weight_decay`, with the same units, errors and source.
 
@@ -110,17 +112,3 @@ def weight_decay_to_normalised(weight_decay: float, *, batch_size: float, sample
     check_not_negative(weight_decay=weight_decay)
     check_positive(batch_size=batch_size, samples=samples, epochs=epochs)
     return weight_decay * math.sqrt(samples * epochs / batch_size)
-
-
-def check_positive(**values: float) -> None:
-    """Raise a `ValueError` for the first of the named values that is not finite and above 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0.0):
-            raise ValueError(f"Expected argument `{name}` to be finite and above 0, but got {value}.")
-
-
-def check_not_negative(**values: float) -> None:
-    """Raise a `ValueError` for the first of the named values that is negative or not finite."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"Expected argument `{name}` to be finite and at least 0, but got {value}.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lightning_l2.sharding import local_part
+from lightning_l2.sharding import local_part, placed_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -151,12 +151,6 @@ def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
     return [param for param in params if param.grad is not None]
 
 
-def number(value: Any) -> float | Tensor:
-    """Return a host number, or the tensor itself where reading it would synchronise a device."""
-    on_device = isinstance(value, Tensor) and value.device.type != "cpu"
-    return value.detach() if on_device else float(value)
-
-
 def is_zero(value: float | Tensor) -> bool:
     """Return whether a number is 0; of a tensor on a device nobody asks."""
     return not isinstance(value, Tensor) and value == 0
@@ -208,7 +202,6 @@ def _gradient(param: Any) -> Tensor:
     """Return what can be changed in place of a gradient: its rows if it is sparse, its shard if it is sharded."""
     if param.grad.is_sparse:
         return cast("Tensor", param.grad.values())
-    if getattr(param.grad, "placements", None) != getattr(param, "placements", None):
-        # Tensor parallelism leaves partial sums: added to each of them, lambda w would count several times.
-        param.grad = param.grad.redistribute(placements=param.placements)
+    # Tensor parallelism leaves partial sums: added to each of them, lambda w would count several times.
+    param.grad = placed_as(param, param.grad)
     return local_part(param.grad)

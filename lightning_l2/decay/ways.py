@@ -12,7 +12,6 @@ from lightning_l2.decay.arithmetic import (
     add_decay_gradient,
     decay_from,
     is_zero,
-    number,
     read,
     real_parts,
     rows_of,
@@ -27,9 +26,11 @@ from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.facts import (
     DECOUPLED_FLAG,
     ascent_sign,
+    number,
     own_share,
     own_way,
     reads_loss,
+    step_size,
     torch_class,
 )
 from lightning_l2.optimizers.facts import (
@@ -52,16 +53,6 @@ def peak_of(group: Mapping[str, Any], peak_lr: float | Literal["initial"]) -> fl
     if peak_lr != "initial":
         return peak_lr
     return number(group.get("max_lr", group.get("initial_lr", group["lr"])))
-
-
-def step_size(group: Mapping[str, Any]) -> float | Tensor:
-    """Return the factor of a group's update: its learning rate, times the scale that Prodigy and D-Adaptation find.
-
-    >>> step_size({"lr": 1.0, "d": 1e-6})
-    1e-06
-    """
-    lr = number(group["lr"])
-    return lr * number(group["d"]) if "d" in group else lr
 
 
 class OptimizersOwn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,12 +88,10 @@ def own_share(
     is_sgd = torch_class(optimizer) == "SGD"
     if way is None or is_schedule_free(optimizer) or (way == "coupled" and not is_sgd):
         return None
-    factors = [group["lr"] if lr is None else lr, weight_decay]
+    share = number(group["lr"] if lr is None else lr) * number(weight_decay)
     if way == "coupled" and group["momentum"]:
-        factors.append((1 - group["dampening"]) / (1 - group["momentum"]))
-    if any(getattr(factor, "is_cuda", False) for factor in factors):
-        return None
-    return math.prod(map(float, factors))
+        share = share * (1 - group["dampening"]) / (1 - group["momentum"])
+    return share if isinstance(share, float) else None
 
 
 def has_decoupled_flag(optimizer: Optimizer) -> bool:
@@ -115,6 +114,22 @@ def reads_loss(optimizer: Optimizer) -> bool:
 def ascent_sign(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
     """Return the sign with which a penalty joins the objective: -1 where the optimizer maximises it."""
     return -1 if group.get("maximize", getattr(optimizer, "maximize", False)) else 1
+
+
+def step_size(group: Mapping[str, Any]) -> float | Tensor:
+    """Return the factor of a group's update: its learning rate, times the scale that Prodigy and D-Adaptation find.
+
+    >>> step_size({"lr": 1.0, "d": 1e-6})
+    1e-06
+    """
+    lr = number(group["lr"])
+    return lr * number(group["d"]) if "d" in group else lr
+
+
+def number(value: Any) -> float | Tensor:
+    """Return a host number, or the tensor itself where reading it would synchronise a device."""
+    on_device = isinstance(value, Tensor) and value.device.type != "cpu"
+    return value.detach() if on_device else float(value)
 
 
 def _is_of_torch(thing: Any) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lightning_l2.arguments import check_at_least
 from lightning_l2.plots.style import draw_curves, fit_scale, stacked_axes, style_axes
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def plot_schedule(
     >>> figure.axes[0].get_xlabel()
     'optimizer step'
     """
-    for name, count in {"steps": steps, "epochs": epochs}.items():
-        if count is not None and count < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1, but got {count}.")
+    check_at_least(1, steps=steps, epochs=epochs)
     if per_epoch and epochs is None:
         raise ValueError("A schedule by epoch needs their number: give `epochs`.")
     unit, length = _axis(steps, epochs)

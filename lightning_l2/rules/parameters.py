@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_l2.rules.exemptions import class_names, is_bias, is_norm, is_weight_norm_magnitude
-from lightning_l2.sharding import show_shards
+from lightning_l2.sharding import is_flat_parameter, is_flat_piece, shapes_before_flattening, show_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,12 +106,12 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
     """
     show_shards(model if root is None else root)
     sites = list(_sites(model))
-    shapes = _shapes_before_flattening(model if root is None else root)
+    shapes = shapes_before_flattening(model if root is None else root)
     site_of = {id(site.holder): site for site in sites}
     found: dict[tuple[int, str], tuple[nn.Parameter, int, list[Place]]] = {}
     for site in sites:
         for leaf, parameter in site.holder.named_parameters(recurse=False):
-            if hasattr(parameter, "_param_infos"):
+            if is_flat_parameter(parameter):
                 for place, ndim in _flattened(parameter, site_of):
                     found.setdefault((id(parameter), place.name), (parameter, ndim, []))[2].append(place)
             else:
@@ -189,27 +189,13 @@ def _ndim(parameter: nn.Parameter, name: str, shapes: dict[int, torch.Size]) -> 
             f"The lazy parameter {name!r} has no shape yet, so no rule can decide on it. "
             "Run one batch through the model first."
         )
-    if getattr(parameter, "_fsdp_flattened", False) and id(parameter) not in shapes:
+    if is_flat_piece(parameter) and id(parameter) not in shapes:
         raise RuntimeError(
             f"FSDP has flattened the parameter {name!r}, and the FullyShardedDataParallel that knows its shape is "
             "outside of the module. Give the outermost module as `root` (in Lightning `trainer.strategy.model`), or "
             "decide before the module is wrapped."
         )
     return len(shapes.get(id(parameter), getattr(parameter, "ds_shape", parameter.shape)))
-
-
-def _shapes_before_flattening(root: nn.Module) -> dict[int, torch.Size]:
-    """Return, by identity, the shapes of parameters of which FSDP1 (`use_orig_params=True`) has made 1-D shards.
-
-    FSDP1 has no public record of them, only the private lists of its flat parameter.
-    """
-    shapes: dict[int, torch.Size] = {}
-    for module in root.modules():
-        if "FullyShardedDataParallel" in class_names(module):
-            flat: Any = getattr(module, "_flat_param", None)
-            if flat is not None and flat._params is not None:
-                shapes.update({id(p): shape for p, shape in zip(flat._params, flat._shapes, strict=True)})
-    return shapes
 
 
 def _flattened(flat: Any, site_of: dict[int, _Site]) -> Iterator[tuple[Place, int]]:

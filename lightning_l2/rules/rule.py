@@ -30,7 +30,7 @@ class DecayRule:
         modules: Classes, or names of classes, of the module that owns the parameter, one or several; derived classes
             count.
         max_ndim: Largest number of dimensions.
-        weight_decay: Absolute weight decay, as of torch optimizers (gradient of `weight_decay / 2 * ||w||^2`).
+        weight_decay: Absolute weight decay, as of torch optimizers (gradient of $weight_decay / 2 * \|w\|^2$).
         multiplier: Weight decay relative to the base value, dimensionless.
         default_exemptions: Only parameters that the default rules exempt: 0-D and 1-D ones, biases, those of
             normalisation layers, and those that the model declares (`no_weight_decay()`, `_no_weight_decay`).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -43,27 +42,10 @@ def check_progress(progress: float) -> float:
     """Return `progress`, or raise a `ValueError` if it is not within [0, 1]."""
     if not 0.0 <= progress <= 1.0:
         raise ValueError(
-            f"Expected argument `progress` to be within [0, 1], but got {progress}. It is the fraction of the "
+            f"Expected `progress` to be within [0, 1], got {progress}. It is the fraction of the "
             "training: 0 at the first optimizer step, 1 at the last one."
         )
     return progress
-
-
-def check_multipliers(schedule: object, **values: float) -> None:
-    """Raise a `ValueError` for the first of the named values that is negative or not finite."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(
-                f"{type(schedule).__name__} needs a finite `{name}` of at least 0, but got {value}. "
-                "A multiplier of 0 switches weight decay off."
-            )
-
-
-def check_positive(schedule: object, **values: float) -> None:
-    """Raise a `ValueError` for the first of the named values that is not finite and above 0."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0.0):
-            raise ValueError(f"{type(schedule).__name__} needs a finite `{name}` above 0, but got {value}.")
 
 
 def check_milestones(schedule: object, name: str, milestones: Sequence[float]) -> None:
@@ -88,9 +70,9 @@ def check_part(schedule: object, name: str, part: object) -> None:
 
 
 def blend(start: float, end: float, weight: float) -> float:
-    """Return `(1 - weight) * start + weight * end`: exact at 0 and 1, and never outside the two values.
+    """Return $(1 - weight) * start + weight * end$: exact at 0 and 1, and never outside the two values.
 
-    `start + weight * (end - start)` misses `end` by a rounding error, and would lift a multiplier off 0.
+    $start + weight * (end - start)$ misses `end` by a rounding error, and would lift a multiplier off 0.
     """
     low, high = (start, end) if start <= end else (end, start)
     return float(min(max((1.0 - weight) * start + weight * end, low), high))

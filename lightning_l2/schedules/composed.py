@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import Schedule, blend, check_milestones, check_multipliers, check_part, check_progress
+from lightning_l2.arguments import check_not_negative, check_types
+from lightning_l2.schedules.base import Schedule, blend, check_milestones, check_part, check_progress
 
 
 @final
 @dataclass(frozen=True)
 class StepSchedule(Schedule):
-    """Jump by a factor at each milestone: `f(progress) = start * product of the factors with milestone <= progress`.
+    r"""Jump by a factor at each milestone: $f(progress) = start * \prod factors[i]$ over $milestones[i] \le progress$.
 
     The factors add up, as in torch's `MultiStepLR`: milestones 0.5 and 0.75 with factors 2 and 2 give 1, 2, 4.
 
@@ -49,10 +49,10 @@ class StepSchedule(Schedule):
                 f"StepSchedule needs one factor for each milestone, but got {len(self.factors)} `factors` for "
                 f"{len(self.milestones)} `milestones`. The value before the first milestone is `start`."
             )
-        check_multipliers(self, start=self.start)
+        check_not_negative(start=self.start)
         for index, factor in enumerate(self.factors):
-            check_multipliers(self, **{f"factors[{index}]": factor})
-        check_multipliers(self, **{"start * product(factors)": max(self._levels())})
+            check_not_negative(**{f"factors[{index}]": factor})
+        check_not_negative(**{"start * product(factors)": max(self._levels())})
 
     def _levels(self) -> list[float]:
         return list(itertools.accumulate(self.factors, lambda level, factor: level * factor, initial=float(self.start)))
@@ -67,7 +67,7 @@ class StepSchedule(Schedule):
 class PiecewiseSchedule(Schedule):
     """Draw straight lines between points, and keep the outer values before the first and after the last one.
 
-    Between points `(p0, v0)` and `(p1, v1)`: `f(progress) = v0 + (v1 - v0) * (progress - p0) / (p1 - p0)`.
+    Between points `(p0, v0)` and `(p1, v1)`: $f(progress) = v0 + (v1 - v0) * (progress - p0) / (p1 - p0)$.
 
     Args:
         points: Pairs of progress (fraction of the training, 0 to 1, strictly increasing) and multiplier
@@ -91,7 +91,7 @@ class PiecewiseSchedule(Schedule):
             raise ValueError("PiecewiseSchedule needs at least one point in `points`, but got none.")
         check_milestones(self, "points", [progress for progress, _ in self.points])
         for index, (_, value) in enumerate(self.points):
-            check_multipliers(self, **{f"points[{index}][1]": value})
+            check_not_negative(**{f"points[{index}][1]": value})
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -107,8 +107,8 @@ class PiecewiseSchedule(Schedule):
 class WarmupSchedule(Schedule):
     """Rise in a straight line to the first value of another schedule, then follow that one.
 
-    `f(progress) = then(0) * (start + (1 - start) * progress / fraction)` while `progress < fraction`, and
-    `f(progress) = then((progress - fraction) / (1 - fraction))` from there on.
+    $f(progress) = then(0) * (start + (1 - start) * progress / fraction)$ while `progress < fraction`, and
+    $f(progress) = then((progress - fraction) / (1 - fraction))$ from there on.
 
     Args:
         fraction: Fraction of the training that warms up, at least 0 and below 1.
@@ -139,7 +139,7 @@ class WarmupSchedule(Schedule):
                 f"WarmupSchedule needs a `fraction` within [0, 1), but got {self.fraction}. It is a fraction of the "
                 "training, not a number of steps."
             )
-        check_multipliers(self, start=self.start)
+        check_not_negative(start=self.start)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -151,7 +151,7 @@ class WarmupSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class SequenceSchedule(Schedule):
-    """Follow one schedule after another: `f(progress) = schedules[i]((progress - m[i]) / (m[i + 1] - m[i]))`.
+    """Follow one schedule after another: $f(progress) = schedules[i]((progress - m[i]) / (m[i + 1] - m[i]))$.
 
     `m` are the milestones with 0 before and 1 after them, and `i` is the part that `progress` lies in. Each part sees
     progress 0 to 1 over its own share; at a milestone the next part begins.

@@ -10,8 +10,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import Schedule, blend, check_multipliers, check_positive, check_progress
+from lightning_l2.arguments import check_fraction, check_not_negative, check_positive, check_types
+from lightning_l2.schedules.base import Schedule, blend, check_progress
 from lightning_l2.schedules.shapes import cosine_weight
 
 
@@ -20,9 +20,9 @@ from lightning_l2.schedules.shapes import cosine_weight
 class CyclicSchedule(Schedule):
     """Swing in triangles between two values.
 
-    With `phase` the fraction of the current cycle, `phase = progress * cycles mod 1`:
-    `f = start + (peak - start) * phase / rise` up to `phase = rise`, then
-    `f = start + (peak - start) * (1 - phase) / (1 - rise)`. Every cycle begins and ends at `start`.
+    With `phase` the fraction of the current cycle, $phase = progress * cycles mod 1$:
+    $f = start + (peak - start) * phase / rise$ up to `phase = rise`, then
+    $f = start + (peak - start) * (1 - phase) / (1 - rise)$. Every cycle begins and ends at `start`.
 
     Args:
         start: Multiplier at the ends of each cycle, dimensionless, at least 0.
@@ -47,9 +47,10 @@ class CyclicSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, peak=self.peak)
+        check_not_negative(start=self.start, peak=self.peak)
         check_cycles(self, self.cycles)
-        check_rise(self, self.rise)
+        check_positive(rise=self.rise)
+        check_fraction(rise=self.rise)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -61,10 +62,10 @@ class CyclicSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class CosineRestartsSchedule(Schedule):
-    """Repeat half a cosine from `start` to `end`, jumping back between the cycles.
+    r"""Repeat half a cosine from `start` to `end`, jumping back between the cycles.
 
-    `f = end + (start - end) * (1 + cos(pi * phase)) / 2` with `phase` the fraction of the current cycle. Cycle `i`
-    takes a share of the training in proportion to `growth ** i`. The last one ends at `end`.
+    $f = end + (start - end) * (1 + \cos(\pi * phase)) / 2$ with `phase` the fraction of the current cycle.
+    Cycle `i` takes a share of the training in proportion to $growth^i$. The last one ends at `end`.
 
     Args:
         start: Multiplier at the beginning of each cycle, dimensionless, at least 0.
@@ -90,9 +91,9 @@ class CosineRestartsSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
+        check_not_negative(start=self.start, end=self.end)
         check_cycles(self, self.cycles)
-        check_positive(self, growth=self.growth)
+        check_positive(growth=self.growth)
         with suppress(OverflowError):
             if all(left < right for left, right in pairwise(_edges(self.cycles, self.growth))):
                 return
@@ -148,8 +149,9 @@ class OneCycleSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, peak=self.peak, end=self.end)
-        check_rise(self, self.rise)
+        check_not_negative(start=self.start, peak=self.peak, end=self.end)
+        check_positive(rise=self.rise)
+        check_fraction(rise=self.rise)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -162,12 +164,3 @@ def check_cycles(schedule: object, cycles: int) -> None:
     """Raise a `ValueError` unless the number of cycles is from 1 to 1000, more than which no training has use for."""
     if not 1 <= cycles <= 1000:
         raise ValueError(f"{type(schedule).__name__} needs from 1 to 1000 `cycles`, but got {cycles}.")
-
-
-def check_rise(schedule: object, rise: float) -> None:
-    """Raise a `ValueError` unless the rising share is between 0 and 1, both excluded."""
-    if not 0.0 < rise < 1.0:
-        raise ValueError(
-            f"{type(schedule).__name__} needs a `rise` above 0 and below 1, but got {rise}. It is the fraction of a "
-            "cycle that leads to the peak."
-        )

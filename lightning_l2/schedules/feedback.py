@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import check_multipliers, check_positive
+from lightning_l2.arguments import check_at_least, check_choice, check_not_negative, check_positive, check_types
 
 
 class OptimizerLike(Protocol):
@@ -72,13 +71,13 @@ class FeedbackSchedule(ABC):
 @final
 @dataclass(frozen=True)
 class PlateauSchedule(FeedbackSchedule):
-    """Change the multiplier when a metric has stopped improving, as torch's `ReduceLROnPlateau` does for lr.
+    r"""Change the multiplier when a metric has stopped improving, as torch's `ReduceLROnPlateau` does for lr.
 
     An observation is a value that an epoch brought; an epoch without validation brings none of a validation metric.
-    After more than `patience` observations without improvement, `multiplier <- multiplier * factor` (within its
-    bounds); the next `cooldown` observations don't count. An improvement by mode and threshold mode:
-    `metric < best * (1 - threshold)` (min, rel), `best - threshold` (min, abs), `> best * (1 + threshold)` (max, rel),
-    `> best + threshold` (max, abs). A NaN is no improvement.
+    After more than `patience` observations without improvement, $multiplier \leftarrow multiplier * factor$ (within
+    its bounds); the next `cooldown` observations don't count. An improvement by mode and threshold mode:
+    $metric < best * (1 - threshold)$ (min, rel), $metric < best - threshold$ (min, abs),
+    $metric > best * (1 + threshold)$ (max, rel), $metric > best + threshold$ (max, abs). A NaN is no improvement.
 
     A factor below 1 weakens weight decay, one above 1 strengthens it (a validation loss that stalls while the training
     loss falls).
@@ -117,21 +116,19 @@ class PlateauSchedule(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_choice(self, "mode", self.mode, ("min", "max"))
-        check_choice(self, "threshold_mode", self.threshold_mode, ("rel", "abs"))
-        check_positive(self, factor=self.factor)
+        check_choice(("min", "max"), mode=self.mode)
+        check_choice(("rel", "abs"), threshold_mode=self.threshold_mode)
+        check_positive(factor=self.factor)
         if self.factor == 1.0:
             raise ValueError("PlateauSchedule needs a `factor` other than 1, but got 1.0, which changes nothing.")
-        check_multipliers(self, min_multiplier=self.min_multiplier)
+        check_not_negative(min_multiplier=self.min_multiplier)
         upper = math.inf if self.max_multiplier is None else self.max_multiplier
         if not self.min_multiplier <= 1.0 <= upper:
             raise ValueError(
                 f"PlateauSchedule starts at a multiplier of 1, which is not within `min_multiplier` "
                 f"{self.min_multiplier} and `max_multiplier` {self.max_multiplier}."
             )
-        for name in ("patience", "threshold", "cooldown"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"PlateauSchedule needs a `{name}` of at least 0, but got {getattr(self, name)}.")
+        check_at_least(0, patience=self.patience, threshold=self.threshold, cooldown=self.cooldown)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Accept every optimizer: only the metric is read."""
@@ -161,9 +158,9 @@ class PlateauSchedule(FeedbackSchedule):
 @final
 @dataclass(frozen=True)
 class LRSchedule(FeedbackSchedule):
-    """Tie weight decay to the learning rate: `multiplier = lr / max_lr`, for each group by itself.
+    """Tie weight decay to the learning rate: $multiplier = lr / max_lr$, for each group by itself.
 
-    With decoupled decay a step then shrinks weights by `lr ** 2 / max_lr * weight_decay`.
+    With decoupled decay a step then shrinks weights by $lr^2 / max_lr * weight_decay$.
 
     Args:
         max_lr: Peak of the learning rate; by default the largest that is known of the group: its `max_lr`
@@ -185,20 +182,19 @@ class LRSchedule(FeedbackSchedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        if self.max_lr is not None:
-            check_positive(self, max_lr=self.max_lr)
+        check_positive(max_lr=self.max_lr)
 
     def check(self, optimizer: OptimizerLike) -> None:
         """Refuse groups that have no learning rate."""
         check_learning_rates(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
-        """Return `lr / max_lr` of each group; an `lr` that is a tensor on an accelerator costs a transfer."""
+        """Return $lr / max_lr$ of each group; an `lr` that is a tensor on an accelerator costs a transfer."""
         return relative_learning_rates(optimizer, self.max_lr, state)
 
 
 def relative_learning_rates(optimizer: OptimizerLike, max_lr: float | None, state: dict[str, Any]) -> list[float]:
-    """Return `lr / max_lr` of each group; without a `max_lr` its peak is what is known of the group, see `LRSchedule`.
+    """Return $lr / max_lr$ of each group; without a `max_lr` its peak is what is known of the group, see `LRSchedule`.
 
     Args:
         optimizer: The optimizer whose groups are asked for.
@@ -223,12 +219,6 @@ def check_learning_rates(schedule: object, optimizer: OptimizerLike) -> None:
                 f"{type(schedule).__name__} reads the learning rate of each parameter group, but group {index} of "
                 f"{type(optimizer).__name__} has no `lr`. All torch optimizers have one."
             )
-
-
-def check_choice(schedule: object, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a `ValueError` unless a word is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{type(schedule).__name__} needs a `{name}` out of {choices}, but got {value!r}.")
 
 
 def read_metric(schedule: object, name: str, metrics: Mapping[str, float]) -> float:

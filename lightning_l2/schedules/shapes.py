@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from lightning_l2.arguments import check_types
-from lightning_l2.schedules.base import Schedule, blend, check_multipliers, check_positive, check_progress
+from lightning_l2.arguments import check_not_negative, check_positive, check_types
+from lightning_l2.schedules.base import Schedule, blend, check_progress
 
 
 @final
@@ -29,7 +29,7 @@ class ConstantSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, value=self.value)
+        check_not_negative(value=self.value)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -40,7 +40,7 @@ class ConstantSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class LinearSchedule(Schedule):
-    """Move in a straight line: `f(progress) = start + (end - start) * progress`.
+    """Move in a straight line: $f(progress) = start + (end - start) * progress$.
 
     Args:
         start: Multiplier at the first step, dimensionless, at least 0.
@@ -59,7 +59,7 @@ class LinearSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
+        check_not_negative(start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -69,7 +69,7 @@ class LinearSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class CosineSchedule(Schedule):
-    """Follow half a cosine: `f(progress) = end + (start - end) * (1 + cos(pi * progress)) / 2`.
+    r"""Follow half a cosine: $f(progress) = end + (start - end) * (1 + \cos(\pi * progress)) / 2$.
 
     Flat at both ends. DINO and its successors raise weight decay this way from 0.04 to 0.4.
 
@@ -93,7 +93,7 @@ class CosineSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
+        check_not_negative(start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -101,14 +101,14 @@ class CosineSchedule(Schedule):
 
 
 def cosine_weight(progress: float) -> float:
-    """Return how far half a cosine has gone, `(1 - cos(pi * progress)) / 2`; exact at 0, 1/2 and 1 in this form."""
+    r"""Return how far half a cosine has gone, $(1 - \cos(\pi * progress)) / 2$; exact at 0, 1/2 and 1 in this form."""
     return 0.5 * (1.0 + math.sin(math.pi * (progress - 0.5)))
 
 
 @final
 @dataclass(frozen=True)
 class ExponentialSchedule(Schedule):
-    """Change by the same factor in each step: `f(progress) = start * (end / start) ** progress`.
+    """Change by the same factor in each step: $f(progress) = start * (end / start)^{progress}$.
 
     Args:
         start: Multiplier at the first step, dimensionless, above 0.
@@ -127,7 +127,7 @@ class ExponentialSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_positive(self, start=self.start, end=self.end)
+        check_positive(start=self.start, end=self.end)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -140,7 +140,7 @@ class ExponentialSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class PolynomialSchedule(Schedule):
-    """Approach the end along a power: `f(progress) = end + (start - end) * (1 - progress) ** power`.
+    """Approach the end along a power: $f(progress) = end + (start - end) * (1 - progress)^{power}$.
 
     A power of 1 is a straight line, above 1 the change is fast first, below 1 fast last.
 
@@ -165,8 +165,8 @@ class PolynomialSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start, end=self.end)
-        check_positive(self, power=self.power)
+        check_not_negative(start=self.start, end=self.end)
+        check_positive(power=self.power)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
@@ -176,14 +176,14 @@ class PolynomialSchedule(Schedule):
 @final
 @dataclass(frozen=True)
 class InverseSquareRootSchedule(Schedule):
-    """Fall with the root of time: `f(progress) = start / sqrt(1 + progress / timescale)`.
+    r"""Fall with the root of time: $f(progress) = start / \sqrt{1 + progress / timescale}$.
 
     Behind a `WarmupSchedule(fraction, ...)` the transformer's schedule has
-    `timescale = fraction / (1 - fraction)`: from then on it is proportional to `1 / sqrt(step)`.
+    $timescale = fraction / (1 - fraction)$: from then on it is proportional to $1 / \sqrt{step}$.
 
     Args:
         start: Multiplier at the first step, dimensionless, at least 0.
-        timescale: Fraction of the training after which the multiplier is down by `sqrt(2)`, above 0.
+        timescale: Fraction of the training after which the multiplier is down by $\sqrt{2}$, above 0.
 
     Raises:
         ValueError: If `start` is negative or not finite, or `timescale` is not finite and above 0.
@@ -200,8 +200,8 @@ class InverseSquareRootSchedule(Schedule):
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        check_multipliers(self, start=self.start)
-        check_positive(self, timescale=self.timescale)
+        check_not_negative(start=self.start)
+        check_positive(timescale=self.timescale)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""

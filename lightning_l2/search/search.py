@@ -43,7 +43,7 @@ def search_weight_decay(
     optimizer steps. These are read from a first Trainer that is set up and doesn't train; where they can't be known,
     as with `fit`, the range is 1e-5 to 1e-1. The first trial is 1e-3 where that lies inside, else the middle. Then come
     lambda = 0, a coarse grid, and the neighbourhood of the best and of the suggestion. Each value is trained with the
-    same few seeds. A search costs `(trials + 1) * seeds` trainings.
+    same few seeds. A search costs $(trials + 1) * seeds$ trainings.
 
     The suggestion is the largest lambda whose metric is within one standard error of the best by differences paired by
     seed, at most one decade above the best, and not worse than lambda = 0. Where the best is not better than lambda = 0

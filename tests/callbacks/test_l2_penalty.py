@@ -827,7 +827,7 @@ def test_it_penalises_parameters_that_a_module_gets_in_training() -> None:
         (
             {"weight_decay": 0.1, "every_n_steps": -1},
             ValueError,
-            "Expected `every_n_steps` to be at least 0 or None, go",
+            "Expected `every_n_steps` to be at least 0, got",
         ),
         ({"weight_decay": 0.1, "rules": "none"}, ValueError, "none"),
     ],

@@ -1,6 +1,7 @@
 """Norm constraints in real Trainers."""
 
 import copy
+import itertools
 import os
 import pickle
 import re
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.weight_decay import WeightDecay
-from lightning_l2.constraints import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
+from lightning_l2.constraints import Bound, FixedBound, InflectionBound, InitialBound, RmsBound, WarmupBound
 from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.rules import DecayRule
 from tests.helpers import DECAYED, DEVICE, EXEMPT, Net, assert_same_weights, batches, data, make_trainer, weights
@@ -110,6 +111,49 @@ def test_any_optimizer(optimizer: Any) -> None:
     make_trainer([NormConstraint(0.5)]).fit(model, data())
     for name, weight in weights(model).items():
         assert name in EXEMPT or weight.norm() <= 0.5
+
+
+class Rates(pl.Callback):
+    """The weights of `Net` before and after each step, and the learning rate of it."""
+
+    def __init__(self) -> None:
+        self.angles: list[float] = []
+        self.heads: list[bool] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.before = weights(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        old, new = (each["body.0.weight"].double() for each in (self.before, weights(pl_module)))
+        self.angles.append(torch.acos((old * new).sum() / (old.norm() * new.norm())).item())
+        self.heads.append(torch.equal(self.before["head.weight"], weights(pl_module)["head.weight"]))
+
+
+def test_on_the_sphere_norms_stay_and_steps_turn_by_the_learning_rate() -> None:
+    """Of hidden layers alone; the angle of a direction that is orthogonal to the weights is atan eta."""
+    model, rates = Net(lambda params: torch.optim.AdamW(params, lr=0.02, weight_decay=0.0)), Rates()
+    start = weights(model)
+    trainer = make_trainer([NormConstraint(None, method="sphere"), rates], log_every_n_steps=1)
+    trainer.fit(model, data())
+    after = weights(model)
+    assert after["body.0.weight"].norm().item() == pytest.approx(start["body.0.weight"].norm().item(), rel=1e-6)
+    assert rates.angles == pytest.approx([0.02] * 8, rel=0.1)
+    assert after["head.weight"].norm().item() != pytest.approx(start["head.weight"].norm().item(), rel=1e-3)
+    assert not any(rates.heads)
+    bound = trainer.callback_metrics["norm_constraint/bound"].item()
+    assert bound == pytest.approx(start["body.0.weight"].norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_decay_on_the_sphere_is_told_once_and_exempt_weights_are_not(order: int) -> None:
+    def fit(rules: Any) -> None:
+        callbacks = [NormConstraint(None, method="sphere"), WeightDecay(0.25, rules=rules, summary=False)][::order]
+        make_trainer(callbacks).fit(Net(growing), data())
+
+    with pytest.warns(UserWarning, match=r"^The weight decay of 0\.25 in group 'decay' has no effect to") as told:
+        fit("default")
+    assert len([one for one in told if "sphere" in str(one.message)]) == 1
+    fit([DecayRule("body", pattern=r"^body\.0\.weight", weight_decay=0.0), "default"])
 
 
 def test_own_rules_decide() -> None:
@@ -206,6 +250,27 @@ def test_lazy_parameters() -> None:
     assert model.body[0].weight.norm().item() <= 0.5 * reference
 
 
+def test_lazy_parameters_that_nothing_constrains_are_refused_before_the_first_step() -> None:
+    model = LazyNet()
+    start = model.head.weight.detach().clone()
+    with pytest.raises(MisconfigurationException, match="nothing to constrain"):
+        make_trainer([NormConstraint(0.5, rules=everything_exempt())]).fit(model, data())
+    assert torch.equal(model.head.weight, start)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("method", ["projection", "sphere"])
+def test_lazy_parameters_resume(method: Any, tmp_path: Path) -> None:
+    """The module is materialised before its checkpoint can be loaded."""
+    path = tmp_path / "middle.ckpt"
+    whole, resumed = LazyNet(), LazyNet()
+    constraint = NormConstraint(InitialBound(0.5), method=method)
+    make_trainer([constraint, SaveAt(2, path)]).fit(whole, batches(4))
+    resumed(torch.zeros(1, 4))
+    make_trainer([NormConstraint(InitialBound(0.5), method=method)]).fit(resumed, batches(4), ckpt_path=path)
+    assert_same_weights(resumed, whole)
+
+
 class SaveAt(pl.Callback):
     def __init__(self, step: int, path: Path) -> None:
         self.step, self.path = step, path
@@ -216,21 +281,28 @@ class SaveAt(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("method", ["projection", "lagrangian"])
-@pytest.mark.parametrize("per", ["parameter", "group"])
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: type(bound).__name__)
-def test_resume_is_the_uninterrupted_run(bound: Bound, per: Any, method: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bound", "per", "method"),
+    [
+        *itertools.product(BOUNDS, ["parameter", "group"], ["projection", "lagrangian"]),
+        *itertools.product([None, RmsBound(0.3)], ["parameter", "row", "group"], ["sphere"]),
+        (InitialBound(0.95), "row", "projection"),
+    ],
+    ids=str,
+)
+def test_resume_is_the_uninterrupted_run(bound: Bound | None, per: Any, method: Any, tmp_path: Path) -> None:
     """Bit for bit, in the middle of an epoch, from a checkpoint that holds nothing but plain values."""
 
     def constraint() -> NormConstraint:
-        return NormConstraint(bound, method=method, per=per)
+        rules: Any = [DecayRule("head", pattern=r"head\.weight"), "default"]
+        return NormConstraint(bound, method=method, per=per, rules=rules)
 
     path = tmp_path / "middle.ckpt"
     whole, first = Net(growing), constraint()
     make_trainer([first, SaveAt(6, path)], max_epochs=4).fit(whole, batches(4))
     content = torch.load(path, weights_only=True)
     state = content["callbacks"][first.state_key]["parameters"]
-    if not isinstance(bound, FixedBound) or method == "lagrangian":
+    if not isinstance(bound, FixedBound | RmsBound) or method == "lagrangian":
         assert set(state) == DECAYED
     resumed, second = Net(growing), constraint()
     make_trainer([second], max_epochs=4).fit(resumed, batches(4), ckpt_path=path, weights_only=True)
@@ -470,6 +542,14 @@ def test_yaml() -> None:
         assert [rule.name for rule in constraint.rules] == ["head", "no_decay", "decay"]
         assert constraint.update_rate == 0.5
 
+    for bound, expected in (
+        ("null", InitialBound()),
+        ("{class_path: lightning_l2.constraints.RmsBound, init_args: {rms: 0.02}}", RmsBound(0.02)),
+    ):
+        text = f"callback: {{class_path: lightning_l2.NormConstraint, init_args: {{bound: {bound}, method: sphere}}}}"
+        constraint = instantiated(parser, parser.parse_string(text))
+        assert (constraint.bound, constraint.method) == (expected, "sphere")
+
     line = ["--callback=lightning_l2.NormConstraint", "--callback.bound=3", "--callback.per=row"]
     constraint = instantiated(parser, parser.parse_args(line))
     assert (constraint.bound, constraint.per) == (FixedBound(3.0), "row")
@@ -489,26 +569,41 @@ def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bound": -1.0}, "Expected `bound` to be positive and finite, got -1.0."),
-        ({"bound": float("nan")}, "Expected `bound` to be positive and finite, got nan."),
-        ({"bound": None}, "NormConstraint needs `bound` to be float | Bound, but got None of type NoneType."),
-        ({"bound": True}, "NormConstraint needs `bound` to be float | Bound, but got True of type bool."),
-        ({"method": "clip"}, "Expected `method` to be 'projection' or 'lagrangian', got 'clip'."),
+        ({"bound": -1.0}, "Expected `bound` to be finite and above 0, got -1.0."),
+        ({"bound": float("nan")}, "Expected `bound` to be finite and above 0, got nan."),
+        (
+            {"bound": None},
+            "Expected `bound` to be a number or a Bound, got None. Only method='sphere' needs none.",
+        ),
+        ({"bound": True}, "NormConstraint needs `bound` to be float | Bound | None, but got True of type bool."),
+        ({"method": "clip"}, "Expected `method` to be 'projection', 'lagrangian' or 'sphere', got 'clip'."),
+        ({"every_n_steps": -1}, "Expected `every_n_steps` to be at least 0, got -1."),
+        ({"name": ""}, "Expected `name` to be the prefix of the logged keys, got ''. Leave it out, or give one."),
         ({"per": "layer"}, "Expected `per` to be 'parameter', 'row' or 'group', got 'layer'."),
         (
             {"per": "row", "method": "lagrangian"},
-            "per='row' takes method='projection' and a number as `bound`, got method='lagrangian' and "
-            "FixedBound(norm=1.0). Use per='parameter' or 'group' for bounds and multipliers that are remembered.",
+            "per='row' takes 'projection' or 'sphere' as method and a bound that is known at the start, got "
+            "AugmentedLagrangian(update_rate=1.0) and FixedBound(norm=1.0). Use per='parameter' or 'group' for bounds "
+            "and multipliers that change.",
         ),
         (
-            {"per": "row", "bound": InitialBound()},
-            "per='row' takes method='projection' and a number as `bound`, got method='projection' and "
-            "InitialBound(factor=1.0). Use per='parameter' or 'group' for bounds and multipliers that are remembered.",
+            {"per": "row", "bound": WarmupBound(2)},
+            "per='row' takes 'projection' or 'sphere' as method and a bound that is known at the start, got "
+            "Projection() and WarmupBound(steps=2, factor=1.0). Use per='parameter' or 'group' for bounds and "
+            "multipliers that change.",
         ),
-        ({"update_rate": 2.0}, "A projection has no `update_rate`, got 2.0. Use method='lagrangian'."),
+        (
+            {"method": "sphere", "bound": WarmupBound(2)},
+            "A sphere has its radius from the start on, got WarmupBound(steps=2, factor=1.0). Use None, a number, "
+            "InitialBound or RmsBound.",
+        ),
+        (
+            {"update_rate": 2.0},
+            "`update_rate` goes with method='lagrangian' only, got method='projection'. Leave it out.",
+        ),
         (
             {"update_rate": 0.0, "method": "lagrangian"},
-            "Expected `update_rate` to be positive and finite, got 0.0.",
+            "Expected `update_rate` to be finite and above 0, got 0.0.",
         ),
     ],
 )
@@ -552,6 +647,12 @@ def everything_exempt() -> Any:
         (Net, {"rules": [DecayRule("x", pattern="tail"), "default"]}, ValueError, "matched no parameter"),
         (ZeroHead, {"bound": InitialBound()}, RuntimeError, "makes the bound of 'head.weight' 0"),
         (Net, {"bound": 0.01, "method": "lagrangian", "update_rate": 50.0}, RuntimeError, "turns them around"),
+        (
+            ZeroHead,
+            {"method": "sphere", "rules": [DecayRule("head", pattern=r"^head\.weight"), "default"]},
+            RuntimeError,
+            "The weights of 'head.weight' have a norm of 0",
+        ),
     ],
 )
 def test_misuse_is_an_error_before_the_first_step(model: Any, options: dict[str, Any], kind: Any, message: str) -> None:
@@ -606,7 +707,7 @@ def test_sharded_weights_are_constrained_as_whole_ones(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert results[0].keys() == results[1].keys()
-    assert len(results[0]) == 12
+    assert len(results[0]) == 20
     for name, result in results[0].items():
         kind = name.split("-")[-1]
         alone = sharded.Net()
@@ -622,7 +723,8 @@ def test_sharded_weights_are_constrained_as_whole_ones(tmp_path: Path) -> None:
         assert result["state"] == results[1][name]["state"]
         assert result["state"].keys() == state.keys()
         for parameter, values in state.items():
-            assert result["state"][parameter] == pytest.approx(values, rel=1e-5)
+            for key, value in values.items():
+                assert result["state"][parameter][key] == pytest.approx(value, rel=1e-5)
         if "resumed" in result:
             assert result["resumed"]["state"] == result["state"]
             assert_same_weights(result["resumed"]["weights"], result["weights"])

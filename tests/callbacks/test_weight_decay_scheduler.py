@@ -199,7 +199,7 @@ def test_adaptive_decay_runs_under_a_trainer() -> None:
             ValueError,
             r"'multiplier' or 'weight_decay', got 'lambda'",
         ),
-        ({"schedule": ConstantSchedule(), "total_steps": 0}, ValueError, r"at least 1 or None, got 0"),
+        ({"schedule": ConstantSchedule(), "total_steps": 0}, ValueError, r"at least 1, got 0"),
         ({"schedule": LRSchedule(), "interval": "epoch"}, ValueError, r"LRSchedule reads the training itself"),
     ],
 )

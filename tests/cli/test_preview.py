@@ -57,7 +57,10 @@ def test_preview_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
         (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "The closest is 'CosineSchedule'."),
         (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "'wrong.yaml': "),
         (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "'strat' is not accepted"),
-        (SCHEDULED.format("CosineSchedule", "start: -1, end: 2"), "CosineSchedule needs a finite `start`"),
+        (
+            SCHEDULED.format("CosineSchedule", "start: -1, end: 2"),
+            "`start` to be finite and at least 0, got -1",
+        ),
     ],
 )
 def test_preview_of_a_wrong_configuration_says_so(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A constraint on a torch optimizer, whoever calls its step."""
 
+import math
 import re
 from typing import Any
 
@@ -14,26 +15,13 @@ from lightning_l2.constraints import (
     FixedBound,
     InflectionBound,
     InitialBound,
+    RmsBound,
+    Sphere,
     WarmupBound,
 )
-
-
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def matrices(module: nn.Module) -> dict[Tensor, str | None]:
-    return {p: name if p.ndim > 1 else None for name, p in module.named_parameters()}
-
-
-def attach(optimizer: Any, module: nn.Module, bound: float | Bound, **options: Any) -> AttachedConstraint:
-    bound = bound if isinstance(bound, Bound) else FixedBound(bound)
-    return AttachedConstraint(optimizer, lambda: matrices(module), bound, **options)
-
-
-def set_gradients(module: nn.Module, value: float = 1.0) -> None:
-    for parameter in module.parameters():
-        parameter.grad = torch.full_like(parameter, value)
+from lightning_l2.constraints.attach import AttachedConstraints
+from lightning_l2.decay.attach import attach_decay
+from tests.constraints.loops import attach, matrices, net, set_gradients
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -67,7 +55,8 @@ def test_each_optimizer_has_its_own_parameters() -> None:
 def test_lbfgs_is_constrained_once_a_step() -> None:
     module = net()
     optimizer = torch.optim.LBFGS(module.parameters(), max_iter=5)
-    attached = attach(optimizer, module, WarmupBound(3))
+    memory: dict[str, dict[str, float]] = {}
+    attached = attach(optimizer, module, WarmupBound(3), memory=memory)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -77,8 +66,6 @@ def test_lbfgs_is_constrained_once_a_step() -> None:
 
     for _ in range(4):
         optimizer.step(closure)
-    memory: dict[str, dict[str, float]] = {}
-    attached._memory = memory
     attached.memorise()
     assert {values["steps"] for values in memory.values()} == {4}
 
@@ -181,51 +168,6 @@ def test_undecided_parameters_are_left_alone() -> None:
     assert module[0].weight.norm() <= 0.01
 
 
-@pytest.mark.parametrize("per", ["parameter", "group"])
-def test_memory_follows_parameters_through_changing_groups(per: Any) -> None:
-    """Frozen parameters and late groups, as finetuning makes them; what is remembered belongs to the names."""
-    first, second = net(), net()
-    both = nn.ModuleList([first, second])
-    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
-    memory: dict[str, dict[str, float]] = {}
-    attached = attach(optimizer, both, WarmupBound(2), per=per, memory=memory)
-    set_gradients(both)
-    for _ in range(3):
-        optimizer.step()
-    optimizer.add_param_group({"params": list(second.parameters())})
-    for parameter in first.parameters():
-        parameter.requires_grad_(False)
-    optimizer.step()
-    attached.memorise()
-    assert {name: values["steps"] for name, values in memory.items()} == {
-        "0.0.weight": 3,
-        "0.2.weight": 3,
-        "1.0.weight": 1,
-        "1.2.weight": 1,
-    }
-    for parameter in first.parameters():
-        parameter.requires_grad_(True)
-    optimizer.step()
-    attached.memorise()
-    assert [memory[f"{i}.0.weight"]["steps"] for i in (0, 1)] == [4, 2]
-
-
-def test_memory_is_taken_up() -> None:
-    module = net()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    memory = {"0.weight": {"reference": 0.25, "multiplier": 0.5}, "2.weight": {"reference": 100.0, "multiplier": 0.125}}
-    attached = attach(optimizer, module, InitialBound(2.0), method=AugmentedLagrangian(1e-12), memory=memory)
-    before = [p.detach().clone() for p in module.parameters()]
-    set_gradients(module)
-    optimizer.step()
-    torch.testing.assert_close(module[0].weight.detach(), before[0] * 0.5)
-    torch.testing.assert_close(module[2].weight.detach(), before[2] * 0.875)
-    readout = attached.readout()
-    assert readout is not None
-    assert readout[0].tolist() == [0.5, 200.0]
-    assert readout[2].tolist() == pytest.approx([0.5, 0.125])
-
-
 def test_readout_is_what_was_found_before_acting() -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
@@ -244,15 +186,6 @@ def test_readout_is_what_was_found_before_acting() -> None:
     assert expected != slacks
 
 
-def test_groups_are_labelled_by_name() -> None:
-    module = net()
-    groups = [{"params": module[0].parameters(), "name": "body"}, {"params": module[2].parameters()}]
-    optimizer = torch.optim.SGD(groups, lr=0.0)
-    attached = attach(optimizer, module, 0.5, per="group")
-    attached.prepare()
-    assert attached.labels == ["body", "group1"]
-
-
 def test_remove() -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
@@ -262,6 +195,203 @@ def test_remove() -> None:
     optimizer.step()
     assert torch.equal(module[0].weight, before)
     assert not optimizer._optimizer_step_post_hooks
+
+
+def hyperball(
+    weight: Tensor, gradient: Any, steps: int, rate: Any, *, adam: bool, radius: Tensor, row: bool = False
+) -> Tensor:
+    """W <- R N(W - eta R N(u)), written down: u of Adam, or of SGD with momentum 0.9."""
+
+    def norm(x: Tensor) -> Tensor:
+        return x.norm(dim=1, keepdim=True) if row else x.norm()
+
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    for t in range(1, steps + 1):
+        g = gradient(weight)
+        m = 0.9 * m + (0.1 * g if adam else g)
+        v = 0.999 * v + 0.001 * g**2
+        u = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8) if adam else m
+        moved = radius * weight / norm(weight) - rate(t) * radius * u / norm(u)
+        weight = radius * moved / norm(moved)
+    return weight
+
+
+@pytest.mark.parametrize("row", [False, True])
+@pytest.mark.parametrize("bound", [InitialBound(), FixedBound(0.7), RmsBound(0.3), InitialBound(2.0)], ids=repr)
+@pytest.mark.parametrize("adam", [True, False])
+def test_the_sphere_is_that_of_a_loop_by_hand(adam: bool, bound: Bound, row: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    norms = start.norm(dim=1, keepdim=True) if row else start.norm()
+    elements = 5 if row else 30
+    radius = {
+        InitialBound(): norms,
+        InitialBound(2.0): 2 * norms,
+        FixedBound(0.7): torch.full_like(norms, 0.7),
+        RmsBound(0.3): torch.full_like(norms, 0.3 * elements**0.5),
+    }[bound]
+
+    def rate(step: int) -> float:
+        return 0.05 / step
+
+    def gradient(weight: Tensor) -> Tensor:
+        return 2 * (inputs @ weight.T - targets).T @ inputs / 20
+
+    weight = nn.Parameter(start.clone())
+    optimizer: Any = torch.optim.AdamW([weight], weight_decay=0.0) if adam else torch.optim.SGD([weight], momentum=0.9)
+    per: Any = "row" if row else "parameter"
+    attached = AttachedConstraint(optimizer, lambda: {weight: "w"}, bound, method=Sphere(), per=per)
+    attached.prepare()
+    for step in range(1, 41):
+        optimizer.param_groups[0]["lr"] = rate(step)
+        weight.grad = gradient(weight.detach())
+        optimizer.step()
+    expected = hyperball(start, gradient, 40, rate, adam=adam, radius=radius, row=row)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-8)
+    held = weight.detach().norm(dim=1, keepdim=True) if row else weight.detach().norm()
+    torch.testing.assert_close(held, radius, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_norms_on_the_sphere_do_not_drift(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(40, 50).to(dtype))
+    norm = torch.linalg.vector_norm(weight.detach().to(torch.complex128)).item()
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    AttachedConstraint(optimizer, lambda: {weight: "w"}, InitialBound(), method=Sphere()).prepare()
+    for _ in range(300):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    after = torch.linalg.vector_norm(weight.detach().to(torch.complex128)).item()
+    assert after == pytest.approx(norm, rel=1e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_each_vector_turns_by_the_learning_rate_of_its_group(tensors: bool) -> None:
+    module = net()
+    rates = {"0.weight": 0.02, "2.weight": 0.3}
+    groups = [
+        {"params": module[i].parameters(), "lr": torch.tensor(rate) if tensors else rate}
+        for i, rate in zip((0, 2), rates.values(), strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, foreach=False)
+    attach(optimizer, module, InitialBound(), method=Sphere())
+    before = {name: p.detach().double().clone() for name, p in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        gradient = torch.randn_like(parameter, dtype=torch.float64)
+        if name in rates:  # at a right angle to the weights
+            weight = before[name]
+            gradient -= weight * (gradient * weight).sum() / weight.square().sum()
+        parameter.grad = gradient.float()
+    optimizer.step()
+    for name, rate in rates.items():
+        after = dict(module.named_parameters())[name].detach().double()
+        cosine = (after * before[name]).sum() / (after.norm() * before[name].norm())
+        assert torch.tan(torch.acos(cosine)).item() == pytest.approx(rate, rel=1e-4)
+
+
+def test_what_a_step_does_not_change_stays_as_it_is_on_the_sphere() -> None:
+    """No gradient, a learning rate of 0, a skipped step, and an update of a fused optimizer that the scaler skips."""
+    module = net()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05, fused=True)
+    attach(optimizer, module, FixedBound(0.5), method=Sphere())
+    before = [p.detach().clone() for p in module.parameters()]
+    set_gradients(module, math.inf)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    scaler.update()
+    set_gradients(module)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+    optimizer.param_groups[0]["lr"] = 0.05
+    set_gradients(module)
+    optimizer.step()
+    assert module[0].weight.norm().item() == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_decay_of_the_weights_before_the_update_has_no_part_in_the_step_on_the_sphere(with_closure: bool) -> None:
+    def run(decay: float) -> Tensor:
+        torch.manual_seed(3)
+        weight = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+        optimizer = torch.optim.SGD([weight], lr=0.1, weight_decay=decay)
+        attach_decay(optimizer, "independent")
+        AttachedConstraint(optimizer, lambda: {weight: "w"}, InitialBound(), method=Sphere()).prepare()
+
+        def closure() -> float:
+            weight.grad = weight.detach() ** 2
+            return 0.0
+
+        for _ in range(5):
+            closure()
+            optimizer.step(closure if with_closure else None)
+        return weight.detach()
+
+    with pytest.warns(UserWarning, match=r"^The weight decay of 0\.3 in group 'group0' has no effect to first order: "):
+        decayed = run(0.3)
+    torch.testing.assert_close(decayed, run(0.0), rtol=1e-9, atol=1e-12)
+
+
+def test_all_that_lbfgs_moves_in_a_step_is_its_direction_on_the_sphere() -> None:
+    start = torch.randn(5, 4, dtype=torch.float64)
+    target = torch.randn(5, 4, dtype=torch.float64)
+
+    def step(on_sphere: bool) -> Tensor:
+        weight = nn.Parameter(start.clone())
+        optimizer = torch.optim.LBFGS([weight], lr=0.1, max_iter=4)
+        if on_sphere:
+            AttachedConstraint(optimizer, lambda: {weight: "w"}, InitialBound(), method=Sphere())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight - target).pow(4).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return weight.detach()
+
+    direction = step(False) - start
+    moved = start + 0.1 * start.norm() * direction / direction.norm()
+    torch.testing.assert_close(step(True), moved * start.norm() / moved.norm(), rtol=1e-9, atol=0)
+
+
+class MovesFirst(torch.optim.Optimizer):
+    """Moves weights before it asks for the gradient, there and back, as SAM does."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(1.0)
+        with torch.enable_grad():
+            loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(1.0).sub_(parameter.grad, alpha=0.1)
+        return loss
+
+
+def test_an_optimizer_that_moves_weights_before_the_closure_goes_its_own_direction_on_the_sphere() -> None:
+    start = torch.randn(5, 4, dtype=torch.float64)
+    gradient = torch.randn(5, 4, dtype=torch.float64)
+    weight = nn.Parameter(start.clone())
+    optimizer = MovesFirst([weight])
+    AttachedConstraint(optimizer, lambda: {weight: "w"}, InitialBound(), method=Sphere())
+
+    def closure() -> float:
+        weight.grad = gradient.clone()
+        return 0.0
+
+    optimizer.step(closure)
+    moved = start - 0.1 * start.norm() * gradient / gradient.norm()
+    torch.testing.assert_close(weight.detach(), moved * start.norm() / moved.norm(), rtol=1e-9, atol=0)
 
 
 class NotTorch:
@@ -302,19 +432,29 @@ def test_messages() -> None:
     memory = {name: {"multiplier": 0.5} for name in ("0.weight", "2.weight")}
     attach(optimizer, module, 1.0, method=AugmentedLagrangian(1.0), memory=memory).prepare()
 
+    nn.init.zeros_(module[2].weight)
+    for per, bound in (("parameter", 1.0), ("parameter", InitialBound()), ("row", RmsBound(1.0))):
+        with pytest.raises(RuntimeError, match=r"^The weights of '2\.weight' have a norm of 0, .* Initialise them, "):
+            attach(optimizer, module, bound, method=Sphere(), per=per).prepare()
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(RuntimeError, match=r"^On a sphere weights turn by the learning rate, and a group of SGD"):
+        attach(optimizer, module, 1.0, method=Sphere()).prepare()
+    optimizer.param_groups[0]["lr"] = 0.0
 
-def test_flattened_parameters_are_refused() -> None:
-    """What FSDP1 makes: one parameter of several, or pieces without rows."""
+
+def test_a_multiplier_that_comes_to_turn_weights_around_is_told_once() -> None:
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    shards: Any = {id(module[0].weight): object()}
-    with pytest.raises(
-        RuntimeError, match=r"flat pieces, which have no rows\. Use ModelParallelStrategy .* or per='pa"
-    ):
-        attach(optimizer, module, 1.0, per="row", shards=shards).prepare()
-    flat: Any = module[0].weight
-    flat._param_infos = []
-    with pytest.raises(
-        RuntimeError, match=r"^FSDP has flattened '0\.weight' and others .* use_orig_params=True, or Mod"
-    ):
-        attach(optimizer, module, 1.0).prepare()
+    memory = {name: {"multiplier": 1.25} for name in ("0.weight", "2.weight")}
+    method = AugmentedLagrangian(1e-12)
+    constraints = AttachedConstraints(lambda one: attach(one, module, 0.5, method=method, memory=memory))
+    constraints.follow([optimizer])
+    set_gradients(module)
+    optimizer.step()
+    message = (
+        "NormConstraint of '0.weight': the multiplier has reached 1.25, and 1 or more turns weights around. Use a "
+        "larger bound, a smaller `update_rate` than 1e-12, or method='projection'."
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        constraints.metrics("a")
+    constraints.metrics("a")

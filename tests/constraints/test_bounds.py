@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_l2.constraints import Bound, FixedBound, InflectionBound, InitialBound, WarmupBound
+from lightning_l2.constraints import Bound, FixedBound, InflectionBound, InitialBound, RmsBound, WarmupBound
 
 
 def follow(bound: Bound, norms: list[float]) -> list[float]:
@@ -22,6 +22,11 @@ def follow(bound: Bound, norms: list[float]) -> list[float]:
 
 def test_fixed() -> None:
     assert follow(FixedBound(2.5), [1.0, 7.0, 3.0]) == [2.5, 2.5, 2.5]
+
+
+def test_of_the_root_mean_square() -> None:
+    assert RmsBound(0.5).bounds({}, sizes=16.0) == 2.0
+    assert RmsBound(0.5).bounds({}, sizes=torch.tensor([4.0, 9.0])).tolist() == [1.0, 1.5]
 
 
 def test_relative_to_the_start() -> None:
@@ -84,13 +89,14 @@ def test_each_vector_has_its_own_bound() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FixedBound(0.0), "Expected `norm` to be positive and finite, got 0.0."),
-        (lambda: FixedBound(math.nan), "Expected `norm` to be positive and finite, got nan."),
-        (lambda: InitialBound(-1.0), "Expected `factor` to be positive and finite, got -1.0."),
-        (lambda: WarmupBound(10, factor=math.inf), "Expected `factor` to be positive and finite, got inf."),
-        (lambda: WarmupBound(0), "Expected `steps` to be a whole number of steps, at least 1, got 0."),
-        (lambda: InflectionBound(period=-5), "Expected `period` to be a whole number of steps, at least 1, got -5."),
-        (lambda: InflectionBound(factor=0.0), "Expected `factor` to be positive and finite, got 0.0."),
+        (lambda: FixedBound(0.0), "Expected `norm` to be finite and above 0, got 0.0."),
+        (lambda: FixedBound(math.nan), "Expected `norm` to be finite and above 0, got nan."),
+        (lambda: RmsBound(0.0), "Expected `rms` to be finite and above 0, got 0.0."),
+        (lambda: InitialBound(-1.0), "Expected `factor` to be finite and above 0, got -1.0."),
+        (lambda: WarmupBound(10, factor=math.inf), "Expected `factor` to be finite and above 0, got inf."),
+        (lambda: WarmupBound(0), "Expected `steps` to be at least 1, got 0."),
+        (lambda: InflectionBound(period=-5), "Expected `period` to be at least 1, got -5."),
+        (lambda: InflectionBound(factor=0.0), "Expected `factor` to be finite and above 0, got 0.0."),
         (lambda: InflectionBound(smoothing=1.0), "Expected `smoothing` to be at least 0 and below 1, got 1.0."),
     ],
 )

@@ -19,11 +19,8 @@ from lightning_l2.convert import (
     Normalised,
     Timescale,
     TrainingSetup,
-    heuristic_equilibrium_radius,
     normalised_to_weight_decay,
-    prior_to_radius,
     prior_to_weight_decay,
-    ridge_radius,
     timescale_to_weight_decay,
     weight_decay_to_normalised,
     weight_decay_to_prior,
@@ -90,39 +87,6 @@ def test_prior_is_the_map_estimate_of_linear_regression() -> None:
     np.testing.assert_allclose(ridge.coef_, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("decay", [0.0, 1e-3, 0.1, 10.0])
-def test_ridge_radius_is_the_norm_of_scikit_learn_s_solution(decay: float) -> None:
-    inputs, targets = regression(40, 6)
-    curvatures, directions = np.linalg.eigh(2 * inputs.T @ inputs / 40)
-    optimum = directions.T @ np.linalg.lstsq(inputs, targets, rcond=None)[0]
-    solution = Ridge(alpha=decay * 40 / 2, fit_intercept=False, solver="svd").fit(inputs, targets).coef_
-    radius = ridge_radius(decay, curvatures=list(curvatures), optimum=list(optimum))
-    assert radius == pytest.approx(np.linalg.norm(solution), rel=1e-9)
-
-
-def test_flat_directions_have_no_part_in_the_radius() -> None:
-    assert ridge_radius(0.1, curvatures=[0.0], optimum=[5.0]) == 0.0
-    assert ridge_radius(0.0, curvatures=[0.0, 2.0], optimum=[5.0, 3.0]) == 3.0
-
-
-def test_prior_radius_is_the_root_mean_square_norm_of_draws() -> None:
-    draws = np.random.default_rng(1).normal(scale=0.05, size=(400, 1000))
-    norm = math.sqrt(np.mean(np.sum(draws**2, axis=1)))
-    assert prior_to_radius(0.05, parameters=1000) == pytest.approx(norm, rel=5e-3)
-
-
-def test_equilibrium_radius_is_where_adamw_settles_on_noise() -> None:
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(2000, dtype=torch.float64))
-    # beta1 = 0: each coordinate of Adam's direction is noise of size 1, which is the heuristic's assumption
-    optimizer = torch.optim.AdamW([weight], lr=0.01, weight_decay=1.0, betas=(0.0, 0.999))
-    for _ in range(1000):
-        weight.grad = torch.randn_like(weight)
-        optimizer.step()
-    expected = heuristic_equilibrium_radius(1.0, lr=0.01, parameters=2000)
-    assert weight.norm().item() == pytest.approx(expected, rel=0.03)
-
-
 CONVERSIONS: list[tuple[Conversion, float]] = [
     (Timescale(epochs=4), 1 / (0.002 * 4 * 50)),
     (GaussianPrior(sigma=0.5), 1 / (5000 * 0.25)),
@@ -171,7 +135,7 @@ def test_what_is_unknown_is_an_error_with_a_way_out(conversion: Conversion, setu
         conversion(setup)
 
 
-ABOVE = "argument `{}` to be finite and above 0, but got"
+ABOVE = "Expected `{}` to be finite and above 0, got"
 LENGTHS = {"batch_size": 1, "samples": 1, "epochs": 1}
 
 
@@ -181,7 +145,7 @@ LENGTHS = {"batch_size": 1, "samples": 1, "epochs": 1}
         (lambda: Timescale(0.0), ABOVE.format("epochs")),
         (lambda: GaussianPrior(-1.0), ABOVE.format("sigma")),
         (lambda: GaussianPrior(1.0, samples=0), ABOVE.format("samples")),
-        (lambda: Normalised(-0.1), "argument `weight_decay` to be finite and at least 0, but got -0.1"),
+        (lambda: Normalised(-0.1), "Expected `weight_decay` to be finite and at least 0, got -0.1"),
         (lambda: TrainingSetup(lr=0.0), ABOVE.format("lr")),
         (lambda: TrainingSetup(lr=0.1, epochs=math.inf), ABOVE.format("epochs")),
         (lambda: timescale_to_weight_decay(math.nan, lr=1, steps_per_epoch=1), ABOVE.format("epochs")),
@@ -190,12 +154,8 @@ LENGTHS = {"batch_size": 1, "samples": 1, "epochs": 1}
         (lambda: weight_decay_to_prior(0.0, samples=1), ABOVE.format("weight_decay")),
         (lambda: normalised_to_weight_decay(-1.0, **LENGTHS), "`normalised` to be finite and at least 0"),
         (lambda: weight_decay_to_normalised(-1.0, **LENGTHS), "`weight_decay` to be finite and at least 0"),
-        (lambda: ridge_radius(1.0, curvatures=[1.0], optimum=[]), "as many `curvatures`.*but got 1 and 0"),
-        (lambda: ridge_radius(1.0, curvatures=[-1.0], optimum=[1.0]), r"`curvatures\[0\]` to be finite and at least"),
-        (lambda: prior_to_radius(1.0, parameters=0), ABOVE.format("parameters")),
-        (lambda: heuristic_equilibrium_radius(0.0, lr=1, parameters=1), ABOVE.format("weight_decay")),
     ],
-    ids=range(16),
+    ids=range(12),
 )
 def test_misuse_is_a_clear_error(misuse: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

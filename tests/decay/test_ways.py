@@ -9,7 +9,7 @@ from torch import nn
 from lightning_l2 import DecayRule
 from lightning_l2.decay.attach import attach_decay
 from lightning_l2.decay.by_rules import RuleDecay
-from lightning_l2.decay.ways import step_size
+from lightning_l2.optimizers.facts import step_size
 
 
 @pytest.mark.parametrize(("group", "expected"), [({"lr": 0.5}, 0.5), ({"lr": torch.tensor(0.25), "d": 4.0}, 1.0)])

@@ -348,9 +348,9 @@ def test_schedule_by_epoch_is_held_within_an_epoch() -> None:
 
 
 def test_impossible_lengths_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"Expected argument `steps` to be at least 1, but got 0"):
+    with pytest.raises(ValueError, match=r"Expected `steps` to be at least 1, got 0"):
         plot_schedule(LinearSchedule(0.0, 1.0), steps=0)
-    with pytest.raises(ValueError, match=r"Expected argument `epochs` to be at least 1, but got -1"):
+    with pytest.raises(ValueError, match=r"Expected `epochs` to be at least 1, got -1"):
         plot_schedule(LinearSchedule(0.0, 1.0), epochs=-1)
     with pytest.raises(ValueError, match=r"A schedule by epoch needs their number: give `epochs`"):
         plot_schedule(LinearSchedule(0.0, 1.0), per_epoch=True)

@@ -13,13 +13,18 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2.callbacks.norm_constraint import NormConstraint
-from lightning_l2.constraints import InitialBound
+from lightning_l2.constraints import InitialBound, RmsBound
+from lightning_l2.rules import DecayRule
 
+RULES: Any = [DecayRule("head", pattern=r"head\.weight"), "default"]
 CONSTRAINTS: dict[str, dict[str, Any]] = {
     "parameter": {"bound": 0.9},
     "row": {"bound": 0.4, "per": "row"},
     "group": {"bound": 1.5, "per": "group"},
     "lagrangian": {"bound": InitialBound(1.0), "method": "lagrangian", "log_each": True},
+    "sphere": {"bound": None, "method": "sphere", "rules": RULES},
+    "sphere_rows": {"bound": InitialBound(1.5), "method": "sphere", "per": "row", "rules": RULES},
+    "rms": {"bound": RmsBound(0.1)},
 }
 
 
@@ -101,7 +106,7 @@ def fsdp2(kind: str, shard_dim: int, folder: Path) -> dict[str, Any]:
     net = Net(shard_dim)
     _, constraint = train(net, kind, 4, **options())
     result = {"weights": whole(net), "logged": net.logged, "state": constraint.state_dict()["parameters"]}
-    if kind == "lagrangian":
+    if kind in ("lagrangian", "sphere", "sphere_rows"):
         trainer, _ = train(Net(shard_dim), kind, 2, **options())
         path = folder / f"{kind}{shard_dim}"
         trainer.save_checkpoint(path)
@@ -135,7 +140,7 @@ def main(folder: Path) -> None:
     for kind in CONSTRAINTS:
         for shard_dim in (0, 1):
             results[f"fsdp2-{shard_dim}-{kind}"] = fsdp2(kind, shard_dim, folder)
-        if kind != "row":
+        if CONSTRAINTS[kind].get("per") != "row":
             results[f"fsdp1-{kind}"] = fsdp1(kind)
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
 

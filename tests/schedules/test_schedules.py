@@ -253,12 +253,12 @@ def test_continuous_schedules_have_no_jumps(
 @pytest.mark.parametrize("schedule", [schedule for schedule, _ in CLOSED_FORMS], ids=repr)
 @pytest.mark.parametrize("progress", [-1e-9, 1.0 + 1e-9, math.nan, math.inf, 2])
 def test_progress_outside_the_training_is_an_error(schedule: Schedule, progress: float) -> None:
-    with pytest.raises(ValueError, match=r"argument `progress` to be within \[0, 1\], but got .* 0 at the first"):
+    with pytest.raises(ValueError, match=r"Expected `progress` to be within \[0, 1\], got .* 0 at the first"):
         schedule(progress)
 
 
-VALUE = r"needs a finite `{}` of at least 0, but got .* switches weight decay off"
-ABOVE = r"needs a finite `{}` above 0, but got"
+VALUE = r"Expected `{}` to be finite and at least 0, got"
+ABOVE = r"Expected `{}` to be finite and above 0, got"
 MILESTONES = r"needs `{}` that increase strictly within \[0, 1\], but got .*not steps or epochs"
 PLATEAU = {"monitor": "val_loss"}
 
@@ -275,11 +275,11 @@ MISUSES = [
     (lambda: StepSchedule([30, 60], [0.1, 0.1]), ValueError, MILESTONES.format("milestones")),
     (lambda: StepSchedule([math.nan], [0.1]), ValueError, MILESTONES.format("milestones")),
     (lambda: StepSchedule([0.5], [0.1, 0.1]), ValueError, "one factor for each milestone, but got 2 .* for 1"),
-    (lambda: StepSchedule([0.5], [-0.1]), ValueError, r"`factors\[0\]` of at least 0"),
+    (lambda: StepSchedule([0.5], [-0.1]), ValueError, r"`factors\[0\]` to be finite and at least 0"),
     (lambda: StepSchedule([0.1, 0.2], [1e200, 1e200]), ValueError, r"`start \* product\(factors\)`"),
     (lambda: PiecewiseSchedule([]), ValueError, "at least one point"),
     (lambda: PiecewiseSchedule([(0.5, 1.0), (0.2, 1.0)]), ValueError, MILESTONES.format("points")),
-    (lambda: PiecewiseSchedule([(0.5, -1.0)]), ValueError, r"`points\[0\]\[1\]` of at least 0"),
+    (lambda: PiecewiseSchedule([(0.5, -1.0)]), ValueError, r"`points\[0\]\[1\]` to be finite and at least 0"),
     (lambda: WarmupSchedule(1.0, ConstantSchedule()), ValueError, r"`fraction` within \[0, 1\), but got 1.0.*steps"),
     (lambda: WarmupSchedule(0.1, ConstantSchedule(), start=-1), ValueError, VALUE.format("start")),
     (lambda: WarmupSchedule(0.1, LRSchedule()), TypeError, "Schedule as `then`, but got LRSchedule.* can't be a part"),
@@ -291,17 +291,17 @@ MISUSES = [
     (lambda: CyclicSchedule(1.0, 2.0, cycles=0), ValueError, "from 1 to 1000 `cycles`, but got 0"),
     (lambda: CosineRestartsSchedule(1.0, 2.0, cycles=1001), ValueError, "from 1 to 1000 `cycles`"),
     (lambda: CyclicSchedule(1.0, 2.0, cycles=1.5), TypeError, "`cycles` to be int, but got 1.5"),
-    (lambda: CyclicSchedule(1.0, 2.0, rise=0.0), ValueError, "`rise` above 0 and below 1, but got 0.0"),
-    (lambda: OneCycleSchedule(1.0, 2.0, 1.0, rise=1.0), ValueError, "`rise` above 0 and below 1"),
+    (lambda: CyclicSchedule(1.0, 2.0, rise=0.0), ValueError, "`rise` to be finite and above 0, got 0.0"),
+    (lambda: OneCycleSchedule(1.0, 2.0, 1.0, rise=1.0), ValueError, "`rise` to be at least 0 and below 1"),
     (lambda: CosineRestartsSchedule(1.0, 0.0, cycles=2, growth=0.0), ValueError, ABOVE.format("growth")),
     (lambda: CosineRestartsSchedule(1.0, 0.0, cycles=2, growth=1e-17), ValueError, "`growth` that leaves each of 2"),
     (lambda: CosineRestartsSchedule(1.0, 0.0, cycles=99, growth=1e9), ValueError, "`growth` that leaves each of 99"),
-    (lambda: PlateauSchedule(**PLATEAU, mode="up"), ValueError, r"`mode` out of \('min', 'max'\), but got 'up'"),
-    (lambda: PlateauSchedule(**PLATEAU, threshold_mode="x"), ValueError, "`threshold_mode` out of"),
+    (lambda: PlateauSchedule(**PLATEAU, mode="up"), ValueError, r"`mode` to be 'min' or 'max', got 'up'"),
+    (lambda: PlateauSchedule(**PLATEAU, threshold_mode="x"), ValueError, "`threshold_mode` to be 'rel' or 'abs'"),
     (lambda: PlateauSchedule(**PLATEAU, factor=0.0), ValueError, ABOVE.format("factor")),
     (lambda: PlateauSchedule(**PLATEAU, factor=1.0), ValueError, "`factor` other than 1.*changes nothing"),
-    (lambda: PlateauSchedule(**PLATEAU, patience=-1), ValueError, "`patience` of at least 0, but got -1"),
-    (lambda: PlateauSchedule(**PLATEAU, threshold=math.nan), ValueError, "`threshold` of at least 0"),
+    (lambda: PlateauSchedule(**PLATEAU, patience=-1), ValueError, "`patience` to be at least 0, got -1"),
+    (lambda: PlateauSchedule(**PLATEAU, threshold=math.nan), ValueError, "`threshold` to be at least 0"),
     (lambda: PlateauSchedule(**PLATEAU, min_multiplier=-0.1), ValueError, VALUE.format("min_multiplier")),
     (lambda: PlateauSchedule(**PLATEAU, min_multiplier=2.0), ValueError, "multiplier of 1, which is not within"),
     (lambda: PlateauSchedule(**PLATEAU, max_multiplier=0.5), ValueError, "`max_multiplier` 0.5"),
@@ -320,7 +320,7 @@ def test_misuse_is_a_clear_error(misuse: Callable[[], object], error: type[Excep
 def test_every_multiplier_of_every_schedule_is_checked(schedule: Schedule, value: float) -> None:
     multipliers = {"value", "start", "end", "peak"} & set(vars(schedule))
     for name in multipliers:
-        with pytest.raises(ValueError, match=rf"{type(schedule).__name__} needs a finite `{name}`"):
+        with pytest.raises(ValueError, match=rf"Expected `{name}` to be finite and"):
             replace(schedule, **{name: value})
 
 

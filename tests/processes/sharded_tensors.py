@@ -1,0 +1,75 @@
+"""What each of two processes makes of sharded tensors, run by test_sharding.py: written as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from lightning_l2.sharding import (
+    flat_shards,
+    groups_within_rows,
+    is_flat_parameter,
+    is_flat_piece,
+    is_sharded,
+    local_part,
+    local_rows,
+    placed_as,
+    process_groups,
+    shapes_before_flattening,
+    sum_over_shards,
+    whole,
+    whole_rows,
+)
+
+PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "replicated": Replicate()}
+
+
+def describe(tensor):
+    rows = torch.arange(5.0)
+    mine = local_rows(rows, tensor)
+    return {
+        "local": local_part(tensor).tolist(),
+        "whole": whole(tensor).tolist(),
+        "local_rows": mine.tolist(),
+        "whole_rows": whole_rows(mine, tensor).tolist(),
+        "groups": len(process_groups(tensor)),
+        "within_rows": len(groups_within_rows(tensor)),
+        "is_sharded": is_sharded(tensor),
+        "sum": sum_over_shards(torch.tensor([float(local_part(tensor).numel())]), [tensor]).item(),
+    }
+
+
+def fsdp1(use_orig_params):
+    return FullyShardedDataParallel(nn.Linear(4, 5), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    tensor = torch.tensor([[float(10 * row + column) for column in range(4)] for row in range(5)])
+    found = {name: describe(distribute_tensor(tensor, mesh, [how])) for name, how in PLACEMENTS.items()}
+    partial = DTensor.from_local(tensor, mesh, [Partial()])
+    found["partial"] = placed_as(distribute_tensor(tensor, mesh, [Shard(0)]), partial).to_local().tolist()
+    pieces = fsdp1(True)
+    parameters, shards, shapes = list(pieces.parameters()), flat_shards(pieces), shapes_before_flattening(pieces)
+    sizes = torch.tensor([float(p.numel()) for p in parameters])
+    found["fsdp1"] = {
+        "pieces": list(map(is_flat_piece, parameters)),
+        "shapes": [list(shapes[id(p)]) for p in parameters],
+        "sum": sum_over_shards(sizes, parameters, [shards[id(p)] for p in parameters]).tolist(),
+    }
+    flat = fsdp1(False)
+    found["flat"] = {"parameters": list(map(is_flat_parameter, flat.parameters())), "spread": len(flat_shards(flat))}
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
