@@ -149,5 +149,74 @@ class Recurrent(Classifier):
         self.network = RecurrentNetwork(width)
 
 
+class WarmupStableDecay(Transformer):
+    """The same with a learning rate that rises for a tenth of the steps, stays, and falls to 0 in the last fifth."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW and the schedule."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.003)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, 10 * (step + 1) / steps, 5 * (steps - step) / steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class MuonAndAdamW(Transformer):
+    """The same, its hidden matrices trained by Muon and all else by AdamW, which manual optimization steps in turn."""
+
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
+        super().__init__(width, depth)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Make a step of both optimizers."""
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return Muon and AdamW."""
+        hidden = {name: p for name, p in self.named_parameters() if p.ndim == 2 and "encoder" in name}
+        others = [p for name, p in self.named_parameters() if name not in hidden]
+        return [torch.optim.Muon(hidden.values(), lr=0.02), torch.optim.AdamW(others, lr=0.003)]
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer that stays as it is, and a product of two small matrices that is trained in its place.
+
+    Args:
+        linear: The layer.
+        rank: Columns of the first matrix and rows of the second.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what both give together."""
+        return self.linear(x) + self.lora_B(self.lora_A(x))
+
+
+class LowRankAdapted(FullyConnected):
+    """Two hidden layers that stay, as if they were pretrained, each with an adapter of low rank, and a new head.
+
+    Args:
+        rank: Rank of the adapters.
+    """
+
+    def __init__(self, rank: int = 4) -> None:
+        super().__init__()
+        for index in (1, 4):
+            self.network[index] = LowRankLinear(self.network[index], rank)
+
+
 if __name__ == "__main__":
     LightningCLI(Classifier, Digits, subclass_mode_model=True, seed_everything_default=0)
