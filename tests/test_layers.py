@@ -39,7 +39,6 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "extras",
     "monitor.options",
     "monitor.quantities",
-    "monitor.report",
     "monitor.tracker",
     "norms.inner_products",
     "norms.layout",

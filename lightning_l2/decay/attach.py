@@ -87,7 +87,7 @@ def attach_decay(
     (tensor([0.5000, 0.5000]), 0.5)
     """
     check_options(apply, before_clipping, peak_lr)
-    if decay_groups(optimizer).has_way:
+    if decay_groups(optimizer).way is not None:
         raise RuntimeError(
             f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
             "Remove the first one with its handle's `remove()`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,7 +22,7 @@ from lightning_l2.decay.arithmetic import (
     write,
 )
 from lightning_l2.norms.squared import squared_norms
-from lightning_l2.optimizers.facts import ascent_sign, reads_loss, torch_class
+from lightning_l2.optimizers.facts import DECOUPLED_FLAG, ascent_sign, own_way, reads_loss, torch_class
 from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.param_groups.parts import DecayGroup
@@ -50,6 +51,36 @@ def step_size(group: Mapping[str, Any]) -> float | Tensor:
     return lr * number(group["d"]) if "d" in group else lr
 
 
+def factor_of(group: Mapping[str, Any], apply: str, peak_lr: PeakLR) -> float | Tensor:
+    """Return what lambda is multiplied with in a step: the learning rate, 1 or its part of the peak if `independent`.
+
+    >>> factor_of({"lr": 0.1}, "decoupled", None), factor_of({"lr": 0.1}, "independent", 0.4)
+    (0.1, 0.25)
+    """
+    if apply == "independent" and peak_lr is None:
+        return 1.0
+    return step_size(group) / (peak_of(group, peak_lr) if apply == "independent" and peak_lr is not None else 1)
+
+
+def acting(optimizer: Optimizer, group: DecayGroup) -> tuple[str | None, float]:
+    """Return how decay acts on a part of an optimizer's groups, and by how much a step.
+
+    Returns:
+        "coupled", "decoupled" (`independent` is that too), "cautious" or None if it is unknown; and eta lambda, or
+        lambda times what `independent` has in place of eta. NaN without a learning rate.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, weight_decay=0.5)
+    >>> acting(optimizer, decay_groups(optimizer).groups[0])
+    ('coupled', 0.05)
+    """
+    apply, peak_lr = decay_groups(optimizer).way or ("optimizer", None)
+    way = own_way(optimizer) if apply == "optimizer" else apply
+    has_rate = "lr" in group.parent or (apply == "independent" and peak_lr is None)
+    factor = float(factor_of(group.parent, apply, peak_lr)) if has_rate else math.nan
+    return "decoupled" if way == "independent" else way, factor * float(group.weight_decay)
+
+
 class OptimizersOwn:
     """Lambda in force in the optimizer's own decay.
 
@@ -61,7 +92,10 @@ class OptimizersOwn:
     def __init__(self, optimizer: Optimizer, in_step: Mapping[str, Any]) -> None:
         self._groups = decay_groups(optimizer)
         self._groups.hold(self, "WeightDecay")
-        self._groups.hide(in_step)
+        apply = "optimizer"
+        if DECOUPLED_FLAG in in_step:
+            apply = "decoupled" if in_step[DECOUPLED_FLAG] else "coupled"
+        self._groups.hide(in_step, (apply, None))
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -74,11 +108,11 @@ class Way(StepHook):
 
     turn = Turn.DECAY
 
-    def __init__(self, optimizer: Optimizer, apply: str) -> None:
+    def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR = None) -> None:
         super().__init__(optimizer, f"apply={apply!r}")
         self.groups = decay_groups(optimizer)
         self.groups.hold(self, f"apply={apply!r}")
-        self.groups.hide({"weight_decay": 0.0})
+        self.groups.hide({"weight_decay": 0.0}, (apply, peak_lr))
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""
@@ -130,7 +164,7 @@ class _OnWeights(Way):
     """Decay of the weights themselves, of strength eta lambda or as `independent` has it."""
 
     def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR) -> None:
-        super().__init__(optimizer, apply)
+        super().__init__(optimizer, apply, peak_lr)
         self._apply = apply
         self._peak_lr = peak_lr
 
@@ -146,11 +180,7 @@ class _OnWeights(Way):
         return strengths
 
     def _factor(self, parent: Mapping[str, Any]) -> float | Tensor:
-        factor: float | Tensor = 1.0
-        if self._apply != "independent" or self._peak_lr is not None:
-            factor = step_size(parent)
-        if self._apply == "independent" and self._peak_lr is not None:
-            factor = factor / peak_of(parent, self._peak_lr)
+        factor = factor_of(parent, self._apply, self._peak_lr)
         found_inf = getattr(self.optimizer, "found_inf", None)
         return factor if found_inf is None else (found_inf == 0) * factor
 

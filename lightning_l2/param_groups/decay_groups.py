@@ -45,7 +45,7 @@ class DecayGroups:
     Attributes:
         number: The optimizer's index among those of the module.
         updates: How many updates were made while the groups were held.
-        has_way: Whether somebody has attached a way to decay.
+        way: The way to decay that somebody has attached, `apply` and `peak_lr`, None for none.
         is_scheduled: Whether a schedule has written multipliers.
     """
 
@@ -53,7 +53,7 @@ class DecayGroups:
         self.number = 0
         self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
         self.updates = 0
-        self.has_way = False
+        self.way: tuple[str, Any] | None = None
         self.is_scheduled = False
         self._optimizer = weakref.ref(optimizer)
         self._bases: Bases | None = None
@@ -161,13 +161,14 @@ class DecayGroups:
         if self._fixed:
             self.write()
 
-    def hide(self, in_step: Mapping[str, Any] | None) -> None:
+    def hide(self, in_step: Mapping[str, Any] | None, way: tuple[str, Any] = ("optimizer", None)) -> None:
         """Let the optimizer see other options than the groups have, wherever they have them, while it updates.
 
         Args:
             in_step: The options, perhaps none, of the way that decay acts in; None once there is no way attached.
+            way: Its `apply` and `peak_lr`.
         """
-        self.has_way = in_step is not None
+        self.way = None if in_step is None else way
         self._swap.in_step = dict(in_step or {})
 
     def hold(self, holder: object, asks: str) -> None:

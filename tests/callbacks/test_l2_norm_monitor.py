@@ -29,6 +29,8 @@ from tests.helpers import Net, ValidatedNet, data, fp16, make_trainer
 
 EVERYTHING: dict[str, Any] = {
     "per": "parameter",
+    "rms": True,
+    "prog_bar": True,
     "gradients": True,
     "updates": True,
     "rotation": True,
@@ -344,7 +346,6 @@ def test_complex_weights() -> None:
     make_trainer([L2NormMonitor(**EVERYTHING)], logger=logger, log_every_n_steps=1).fit(model, data())
     assert logger.rows[0]["l2_norm/mixing"] == pytest.approx(norm)
     assert logger.rows[0]["weights/mixing"] == 32
-    assert "spectral_norm/mixing" not in logger.rows[0]
 
 
 def test_loggers_without_histograms_get_none() -> None:
@@ -393,28 +394,6 @@ def test_layers(options: dict[str, Any], expected: set[str]) -> None:
     if "encoder" in expected:
         parts = [name for name in saved.before[1] if name.startswith("encoder.")]
         assert rows.rows[1]["l2_norm/encoder"] == pytest.approx(vector(saved.before[1], parts).norm().item(), rel=1e-6)
-
-
-def test_top_k() -> None:
-    class Moving(Net):
-        """Only gamma moves, and the head is largest."""
-
-        def __init__(self) -> None:
-            super().__init__(lambda params: torch.optim.SGD(params, lr=0.1))
-            nn.init.constant_(self.head.weight, 10.0)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.body[1].weight.square().sum()
-
-    rows, _, _ = fit(L2NormMonitor(per="parameter", top_k=1, updates=True), Moving())
-    assert all(labels(row) == labels(row, "update_norm") == {"head.weight"} for row in rows.rows.values())
-    logger = TakesHistograms()
-    fit(L2NormMonitor(per="parameter", top_k=1, spectra=1, histograms=1), Moving(), logger=logger)
-    assert all(
-        labels(row, "weights") == labels(row, "spectral_norm") == {"head.weight"} for row in logger.rows.values()
-    )
-    rows, _, _ = fit(L2NormMonitor(per="parameter", top_k=1, top_k_by="change"), Moving())
-    assert all(labels(rows.rows[step]) == {"body.1.weight"} for step in range(1, 8))
 
 
 def test_frozen_parameters_are_left_out_until_they_are_unfrozen() -> None:
@@ -787,9 +766,7 @@ MISUSES: dict[str, tuple[dict[str, Any], str]] = {
         {"every_n_steps": True},
         "L2NormMonitor needs `every_n_steps` to be int | None, but got True of type bool.",
     ),
-    "top_k": ({"top_k": -1}, "Expected `top_k` to be an integer of at least 1 or None, got -1"),
     "spectra": ({"spectra": 0.5}, "L2NormMonitor needs `spectra` to be int | None, but got 0.5 of type float."),
-    "top_k_by": ({"top_k_by": "size"}, "Expected `top_k_by` to be one of 'norm', 'change', got 'size'"),
     "gradients": (
         {"gradients": "clipped"},
         "Expected `gradients` to be one of True, False, 'before_clipping', 'after_",
@@ -848,7 +825,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LightningCLI]
 def test_from_yaml(tmp_path: Path, command_line: Callable[..., LightningCLI]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(YAML)
-    callbacks: list[Any] = command_line("--config", str(config), "--trainer.callbacks.top_k=4").trainer.callbacks
+    callbacks: list[Any] = command_line("--config", str(config), "--trainer.callbacks.rms=true").trainer.callbacks
     first, second, third = [callback for callback in callbacks if isinstance(callback, L2NormMonitor)]
     assert vars(first.options) == vars(
         NormOptions(
@@ -862,7 +839,7 @@ def test_from_yaml(tmp_path: Path, command_line: Callable[..., LightningCLI]) ->
         )
     )
     assert vars(second.options) == vars(NormOptions(gradients=True, alarms=None))
-    assert vars(third.options) == vars(L2NormMonitor(top_k=4).options)
+    assert vars(third.options) == vars(L2NormMonitor(rms=True).options)
     assert third.options.alarms == NormAlarms()
 
 

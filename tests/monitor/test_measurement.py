@@ -6,7 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lightning_l2.monitor.layers import watch
-from lightning_l2.monitor.measurement import Reading
+from lightning_l2.monitor.measurement import Measurement
+from lightning_l2.monitor.quantities import GRADIENTS
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1", "cpu"])
@@ -18,9 +19,9 @@ def test_a_second_optimizer(device: str, has_gradient: bool) -> None:
         for parameter in model if has_gradient else model[:1]:
             parameter.grad = torch.empty_like(parameter)
         optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model]
-        reading = Reading(watch(model, optimizers), optimizers, step=0)
-        reading.read_weights()
+        measurement = Measurement(0, watch(model, optimizers), optimizers, [GRADIENTS])
+        measurement.read_weights()
         for number, optimizer in enumerate(optimizers):
-            reading.read_gradients(number, optimizer)
+            measurement.read_gradients(number, optimizer)
         with pytest.raises(DataDependentOutputException):
-            reading.fetch()
+            measurement.fetch()

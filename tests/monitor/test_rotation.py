@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_l2.monitor import NormOptions, NormTracker
 from lightning_l2.monitor.rotation import angular_update, effective_lr, equilibrium_angle, learning_rate, norm_power
+from lightning_l2.param_groups.decay_groups import decay_groups
 
 
 @pytest.mark.parametrize("degrees", [1e-7, 1e-4, 0.1, 45.0, 90.0, 135.0, 180.0])
@@ -58,7 +59,7 @@ FORMULAS: dict[str, tuple[torch.optim.Optimizer, float | None]] = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formulas(name: str) -> None:
     optimizer, expected = FORMULAS[name]
-    assert equilibrium_angle(optimizer, optimizer.param_groups[0]) == pytest.approx(expected)
+    assert equilibrium_angle(optimizer, decay_groups(optimizer).groups[0]) == pytest.approx(expected)
 
 
 def test_effective_learning_rates() -> None:
