@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lightning_l2.param_groups.parts import DecayGroup
 
 
+# times the weights' length: beyond, the sums that differ by the angle alone are equal in fp32
+_LONGEST = 1e6
+
+
 def angular_update(square: float, squared_update: float, product: float) -> float:
     r"""Return the angle between the weights before and after a step.
 
@@ -38,18 +42,19 @@ def angular_update(square: float, squared_update: float, product: float) -> floa
         product: $\langle d, w' \rangle$ with the weights after the step.
 
     Returns:
-        The angle in radians, 0 to pi; NaN if the weights are 0 before or after the step.
+        The angle in radians, 0 to pi; NaN if the weights are 0 before or after the step, or were thrown so far that
+        rounding hides it.
 
     >>> round(angular_update(square=1.0, squared_update=2.0, product=-1.0), 4)  # from (1, 0) to (0, 1)
     1.5708
     """
-    if not 0 < square < math.inf:
+    if not (0 < square < math.inf and squared_update <= _LONGEST**2 * square):
         return math.nan
     # as parts of the squared length, whose own square may be more than a float holds
     inward = (product + squared_update) / square
     remaining = 1 - inward
     across = squared_update / square - inward * inward
-    if not math.isfinite(across) or (across <= 0 and remaining == 0):
+    if math.isnan(across) or (across <= 0 and remaining == 0):
         return math.nan
     return math.atan2(math.sqrt(max(0.0, across)), remaining)
 

@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -129,7 +129,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("make", [momentum_sgd, adamw])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_every_quantity(make: Any, accumulate: int) -> None:
-    monitor = L2NormMonitor(gradients=True, updates=True, rotation=True, initial_ratio=True)
+    monitor = L2NormMonitor(rms=True, gradients=True, updates=True, rotation=True, initial_ratio=True)
     rows, saved, _ = fit(monitor, Net(make), accumulate_grad_batches=accumulate)
     assert len(rows.rows) == math.ceil(8 / accumulate)
     assert rows.calls == len(rows.rows)
@@ -138,6 +138,8 @@ def test_every_quantity(make: Any, accumulate: int) -> None:
             before, after = vector(saved.before[step], names), vector(saved.after[step], names)
             expected = {
                 "l2_norm": before.norm(),
+                "l2_rms": before.square().mean().sqrt(),
+                "update_rms": (after - before).square().mean().sqrt(),
                 "grad_norm": vector(saved.gradients[step], names).norm(),
                 "update_norm": (after - before).norm(),
                 "update_ratio": (after - before).norm() / before.norm(),
@@ -343,9 +345,83 @@ def test_complex_weights() -> None:
 
     model, logger = Complex(), TakesHistograms()
     norm = model.mixing.detach().abs().square().sum().sqrt().item()
+    largest = torch.linalg.svdvals(model.mixing.detach())[0].item()
     make_trainer([L2NormMonitor(**EVERYTHING)], logger=logger, log_every_n_steps=1).fit(model, data())
     assert logger.rows[0]["l2_norm/mixing"] == pytest.approx(norm)
+    assert logger.rows[0]["l2_rms/mixing"] == pytest.approx(norm / 4)
+    assert logger.rows[0]["spectral_norm/mixing"] == pytest.approx(largest, rel=1e-5)
     assert logger.rows[0]["weights/mixing"] == 32
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_totals_in_the_progress_bar(logger: bool) -> None:
+    """As of the last logged step, in the bar's own text, whether anything else is logged or not."""
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            text = trainer.progress_bar_callback.train_progress_bar.postfix or ""
+            found = dict(part.split("=") for part in text.split(", ")) if text else {}
+            shown[trainer.global_step] = {key: float(value) for key, value in found.items() if key != "v_num"}
+
+    shown: dict[int, dict[str, float]] = {}
+    rows, saved = Rows() if logger else False, Saved()
+    bar = TQDMProgressBar(refresh_rate=1)
+    options = {"enable_progress_bar": True, "logger": rows, "max_epochs": 1}
+    make_trainer([saved, Look(), bar, L2NormMonitor(every_n_steps=3, prog_bar=True)], **options).fit(Net(), data())
+    # the bar is drawn before the last step is measured, where the user's own bar stands before the monitor
+    logged_at = {step: max((n for n in (0, 2, 5) if n + 1 < step), default=None) for step in shown}
+    for step, found in shown.items():
+        expected = {}
+        if (logged := logged_at[step]) is not None:
+            before = vector(saved.before[logged])
+            expected = {"l2_norm/total": before.norm().item(), "l2_penalty/total": 0.05 * before.square().sum().item()}
+        assert found == pytest.approx(expected, rel=5e-3), step
+    trainer = make_trainer([L2NormMonitor(every_n_steps=1)])
+    trainer.fit(Net(), data())
+    assert not any("l2_" in key for key in trainer.progress_bar_metrics)
+
+
+def test_what_no_optimizer_has_counts_in_no_total() -> None:
+    class Averaged(Net):
+        """Its moving average has gradients turned on, as `copy.deepcopy` leaves it; the head comes in late."""
+
+        def __init__(self) -> None:
+            super().__init__(grouped=lambda module: module.body.parameters())
+            self.average = copy.deepcopy(self.body)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                self.trainer.optimizers[0].add_param_group({"params": list(self.head.parameters())})
+
+    everything = L2NormMonitor(gradients=True, updates=True, rotation=True, rms=True)
+    rows, saved, _ = fit(everything, Averaged())
+    body = LAYERS["body.0"] + LAYERS["body.1"]
+    for step, row in rows.rows.items():
+        held = vector(saved.before[step], body if step < 4 else LAYERS["total"])
+        assert row["l2_norm/total"] == pytest.approx(held.norm().item(), rel=1e-6), step
+        assert row["l2_rms/total"] == pytest.approx(held.square().mean().sqrt().item(), rel=1e-6)
+        average = vector(saved.before[step], ["average.0.weight", "average.0.bias"])
+        assert row["l2_norm/average.0"] == pytest.approx(average.norm().item(), rel=1e-6)
+        assert row["l2_norm/head"] == pytest.approx(vector(saved.before[step], LAYERS["head"]).norm().item())
+
+
+@pytest.mark.filterwarnings("ignore:At step .* the L2 norm of")
+def test_a_float64_training_that_diverges_goes_on() -> None:
+    class Diverging(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda params: torch.optim.SGD(params, lr=1e60))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.head.weight.square().sum() + 1e-30 * self.body[0].weight.square().sum()
+
+    options = {**EVERYTHING, "alarms": NormAlarms(growth=2.0)}
+    rows, saved, _ = fit(L2NormMonitor(**options), Diverging(), precision="64-true")
+    assert len(rows.rows) == 8
+    norms = [row["l2_norm/head.weight"] for row in rows.rows.values()]
+    assert norms[:3] == pytest.approx([saved.before[step]["head.weight"].norm().item() for step in range(3)], rel=1e-6)
+    assert not math.isfinite(norms[-1])
+    # each step is 1e60 times as long as the weights
+    assert all(math.isnan(row["angular_update/head.weight"]) for row in rows.rows.values())
 
 
 def test_loggers_without_histograms_get_none() -> None:

@@ -39,6 +39,16 @@ def test_no_angle_where_weights_diverged(numbers: tuple[float, float, float]) ->
     assert math.isnan(angular_update(*numbers))
 
 
+def test_angles_of_steps_that_throw_the_weights_far() -> None:
+    for far in (1e3, 1e5):
+        before, after = (2.0, 0.0), (-far, far)
+        difference = [a - b for a, b in zip(before, after, strict=True)]
+        product = sum(d * a for d, a in zip(difference, after, strict=True))
+        found = angular_update(4.0, sum(d * d for d in difference), product)
+        assert found == pytest.approx(0.75 * math.pi, rel=1e-6)
+    assert math.isnan(angular_update(4.0, 1e14, -1e14))
+
+
 def test_no_angle_where_there_is_no_direction() -> None:
     assert math.isnan(angular_update(0.0, 1.0, 1.0))
     assert math.isnan(angular_update(4.0, 4.0, 0.0))  # shrunk to 0
