@@ -250,6 +250,32 @@ def test_manual_optimization_with_two_optimizers_and_a_raw_step(gradients: Any) 
         assert row["update_norm/head"] == pytest.approx(moved.norm().item(), rel=1e-6, abs=1e-12)
 
 
+def test_a_module_that_steps_once_its_batch_has_ended() -> None:
+    """Its own hook runs after those of callbacks; the last step is logged at the epoch's end."""
+
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.optimizers().step()
+
+    model = Late()
+    rows, saved, _ = fit(L2NormMonitor(updates=True), model, max_epochs=2)
+    saved.before[16] = saved.weights(model)
+    assert sorted(rows.rows) == list(range(16))
+    assert rows.calls == 16
+    for step, row in rows.rows.items():
+        moved = vector(saved.before[step + 1]) - vector(saved.before[step])
+        assert row["update_norm/total"] == pytest.approx(moved.norm().item(), rel=1e-5)
+        assert row["l2_norm/total"] == pytest.approx(vector(saved.before[step]).norm().item(), rel=1e-6)
+
+
 def test_lbfgs() -> None:
     make = lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=4)  # noqa: E731
     rows, saved, _ = fit(L2NormMonitor(gradients=True, updates=True), Net(make))
