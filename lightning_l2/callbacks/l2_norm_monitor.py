@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,13 +17,15 @@ from lightning_l2.monitor.tracker import NormTracker
 from lightning_l2.trainer.callback import Callback
 from lightning_l2.trainer.clock import ends_step
 from lightning_l2.trainer.logging import log_metrics, log_step, logging_interval
-from lightning_l2.trainer.optimizers import optimizers_in_use, splits_early, tell_of_gradients
+from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities.types import STEP_OUTPUT
     from torch.optim import Optimizer
 
 _ABOUT_NON_FINITE = NormAlarms()
+_SHOWN = ("l2_norm/total", "l2_penalty/total")
 
 
 class L2NormMonitor(Callback):
@@ -32,13 +34,15 @@ class L2NormMonitor(Callback):
     | key | quantity | option |
     |---|---|---|
     | `l2_norm/<layer>` | $\lVert w \rVert_2$ | |
+    | `l2_rms/<layer>` | $\lVert w \rVert_2 / \sqrt{n}$ with $n$ elements | `rms` |
     | `l2_penalty/<group>` | $\frac{\lambda}{2} \lVert w \rVert_2^2$ | |
     | `weight_decay/<group>` | $\lambda$ in force | |
     | `grad_norm/<layer>` | $\lVert g \rVert_2$ | `gradients` |
     | `update_norm/<layer>` | $\lVert w_{t+1} - w_t \rVert_2$, decay included | `updates` |
-    | `update_ratio/<layer>` | the same over $\lVert w_t \rVert_2$ | `updates` |
+    | `update_rms/<layer>` | the same over $\sqrt{n}$ | `updates` and `rms` |
+    | `update_ratio/<layer>` | the norm over $\lVert w_t \rVert_2$ | `updates` |
     | `angular_update/<layer>` | angle between $w_t$ and $w_{t+1}$, in radians | `rotation` |
-    | `angular_equilibrium/<layer>` | what it is expected to be in equilibrium (AdamW, SGD) | `rotation` |
+    | `angular_equilibrium/<layer>` | what it is expected to be in equilibrium (decoupled Adam, SGD) | `rotation` |
     | `effective_lr/<layer>` | learning rate that a layer before a normalisation feels | `rotation` |
     | `norm_ratio/<layer>` | $\lVert w_t \rVert_2 / \lVert w_0 \rVert_2$ | `initial_ratio` |
     | `spectral_norm/<parameter>` | $\sigma_{\max}$, to about 1e-3 | `spectra` |
@@ -47,7 +51,8 @@ class L2NormMonitor(Callback):
     | `weights/<parameter>` | histogram, for TensorBoard and Weights & Biases | `histograms` |
     | `norm_alarm/<kind>/<layer>` | 1 at the step of an alarm | `alarms` |
 
-    Norms, penalty, updates and angles have a `<key>/total` too, over all parameters. Totals are in
+    Norms, penalty, updates and angles have a `<key>/total` too, over the parameters that optimizers have (all of the
+    module's if there is no optimizer): a moving average of the model or a teacher counts in none. Totals are in
     `trainer.callback_metrics` from the first step of a fit on, so EarlyStopping and ModelCheckpoint can monitor them.
 
     Quantities of step t are those of the weights that its forward pass used, of the gradients of its last backward pass
@@ -66,14 +71,14 @@ class L2NormMonitor(Callback):
             `"total"` logs no layers.
         depth: With `per="module"`: roll modules up to names of this many components (`encoder.layer.3` has three).
         include: Regular expression: log only layers in whose name it is found. Totals still cover everything.
-        top_k: Log only so many layers, chosen at each logged step.
-        top_k_by: Choose those with the largest `"norm"`, or the largest relative `"change"` since the last logged step.
+        rms: Log root mean squares, comparable between layers of different sizes.
+        prog_bar: Show the total norm and penalty in the progress bar, as of the last logged step.
         gradients: Log gradient norms, unscaled: `"before_clipping"` (the same as true) or `"after_clipping"`, as the
             optimizer leaves them.
         updates: Log how far the weights moved.
-        rotation: Log how far the weights turned, and how far they should with the optimizer's own way of decay.
+        rotation: Log how far the weights turned, and how far they should with the way in which decay acts.
         initial_ratio: Log norms relative to those at the start of training, which are kept in checkpoints.
-        spectra: Log singular values, except of complex weights, at every so many logged steps.
+        spectra: Log singular values at every so many logged steps.
         histograms: Log histograms at every so many logged steps.
         alarms: When to warn, a `lightning_l2.monitor.NormAlarms`; by default about norms that are not finite. None for
             never.
@@ -92,8 +97,8 @@ class L2NormMonitor(Callback):
         per: Per = "module",
         depth: int | None = None,
         include: str | None = None,
-        top_k: int | None = None,
-        top_k_by: Literal["norm", "change"] = "norm",
+        rms: bool = False,
+        prog_bar: bool = False,
         gradients: bool | Literal["before_clipping", "after_clipping"] = False,
         updates: bool = False,
         rotation: bool = False,
@@ -108,8 +113,8 @@ class L2NormMonitor(Callback):
             per=per,
             depth=depth,
             include=include,
-            top_k=top_k,
-            top_k_by=top_k_by,
+            rms=rms,
+            prog_bar=prog_bar,
             gradients=gradients,
             updates=updates,
             rotation=rotation,
@@ -121,7 +126,6 @@ class L2NormMonitor(Callback):
         # squared norm of each parameter at the start of training, by name
         self._initial: dict[str, float] = {}
         self._fit: NormTracker | None = None
-        self._late: _Late | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; here, since states are restored after it."""
@@ -144,12 +148,13 @@ class L2NormMonitor(Callback):
         tracker, step = self._fit, log_step(trainer)
         if tracker is None or tracker.seen == step:
             return
-        first, tracker.seen = tracker.seen is None, step
+        is_first, tracker.seen = tracker.seen is None, step
         interval = logging_interval(trainer, self.options.every_n_steps)
-        logged = interval > 0 and (step + 1) % interval == 0
-        if first or logged:
-            order = step // interval if logged else None
-            tracker.begin(step, pl_module, optimizers_in_use(trainer), trainer.model, order)
+        is_logged = interval > 0 and (step + 1) % interval == 0
+        if is_first or is_logged:
+            order = step // interval if is_logged else None
+            optimizers, holders = optimizers_in_use(trainer), bare_optimizers(trainer)
+            tracker.begin(step, pl_module, optimizers, trainer.model, order, holders)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -159,15 +164,16 @@ class L2NormMonitor(Callback):
         if self._fit is not None and self._fit.step is not None:
             tell_of_gradients(trainer, optimizer, self)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, *_: Any
+    ) -> None:
         """Log once the step is done."""
         if self._fit is None or self._fit.step is None or not ends_step(trainer):
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._fit.take_loss(loss, trainer.accumulate_grad_batches)
         if pl_module.automatic_optimization or self._fit.has_updated:
-            self._finish(trainer, loss)
-        else:
-            self._late = _Late(loss, log_step(trainer))
+            self._finish(trainer, self._fit)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log a step that a module made in its own hook at the last batch's end."""
@@ -190,7 +196,7 @@ class L2NormMonitor(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have totals ready for callbacks that monitor them, also within the first accumulation window."""
         if self._fit is not None and self._fit.step is not None and "l2_norm/total" not in trainer.callback_metrics:
-            log_metrics(trainer, {}, _totals(self._fit.peek()))
+            self._send(trainer, {}, self._fit.peek())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the model."""
@@ -201,27 +207,28 @@ class L2NormMonitor(Callback):
         self._release()
 
     def _finish_late(self, trainer: pl.Trainer) -> None:
-        late, self._late = self._late, None
-        if late is not None and self._fit is not None and self._fit.step is not None:
-            self._finish(trainer, late.loss, late.step)
+        # a step is over, and no optimizer had made it at its batch's end
+        if self._fit is not None and self._fit.step not in (None, log_step(trainer)):
+            self._finish(trainer, self._fit)
 
-    def _finish(self, trainer: pl.Trainer, loss: Any, step: int | None = None) -> None:
+    def _finish(self, trainer: pl.Trainer, tracker: NormTracker) -> None:
         """Log what the step has shown, under the label of its batch."""
-        if self._fit is None:
-            return
-        step = log_step(trainer) if step is None else step
-        metrics, histograms, alarms = self._fit.observe(loss, trainer.accumulate_grad_batches)
-        interval = logging_interval(trainer, self.options.every_n_steps)
-        logged = metrics if interval > 0 and (step + 1) % interval == 0 else {}
+        step, metrics, histograms, alarms = tracker.observe()
         raised = {f"norm_alarm/{kind}/{layer}": 1.0 for kind, layer, _ in alarms}
-        log_metrics(trainer, logged | raised, _totals(metrics), step=step)
+        totals = {key: value for key, value in metrics.items() if key.endswith("/total")}
+        self._send(trainer, (metrics if tracker.is_logged else {}) | raised, totals, step)
         for logger in filter(takes_histograms, trainer.loggers if histograms else ()):
             for key, histogram in histograms.items():
                 log_histogram(logger, key, histogram, step)
         self._heed(trainer, alarms, step)
 
+    def _send(
+        self, trainer: pl.Trainer, metrics: dict[str, float], totals: dict[str, float], step: int | None = None
+    ) -> None:
+        shown = {key: totals[key] for key in _SHOWN} if self.options.prog_bar else {}
+        log_metrics(trainer, metrics, totals, step, shown)
+
     def _release(self) -> None:
-        self._late = None
         if self._fit is not None:
             self._fit.end()
             self._fit = None
@@ -236,14 +243,3 @@ class L2NormMonitor(Callback):
             and trainer.strategy.reduce_boolean_decision(bool(alarms), all=False)
         ):
             trainer.should_stop = True
-
-
-class _Late(NamedTuple):
-    """A step that no optimizer had made at its batch's end: the batch's loss, and its label."""
-
-    loss: Any
-    step: int
-
-
-def _totals(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if key.endswith("/total")}

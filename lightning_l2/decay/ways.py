@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -55,6 +56,37 @@ def peak_of(group: Mapping[str, Any], peak_lr: float | Literal["initial"]) -> fl
     return number(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
+def factor_of(group: Mapping[str, Any], apply: str, peak_lr: PeakLR) -> Share:
+    """Return what lambda is multiplied with in a step: the learning rate, 1 or its part of the peak if `independent`.
+
+    >>> factor_of({"lr": 0.1}, "decoupled", None), factor_of({"lr": 0.1}, "independent", 0.4)
+    (0.1, 0.25)
+    """
+    if apply == "independent" and peak_lr is None:
+        return 1.0
+    return step_size(group) / (peak_of(group, peak_lr) if apply == "independent" and peak_lr is not None else 1)
+
+
+def acting(optimizer: Optimizer, group: DecayGroup) -> tuple[str | None, float]:
+    """Return how decay acts on a part of an optimizer's groups, and by how much a step.
+
+    Returns:
+        "coupled", "decoupled" (`independent` is that too), "cautious" or None if it is unknown; and eta lambda, or
+        lambda times what `independent` has in place of eta. NaN without a learning rate.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, weight_decay=0.5)
+    >>> acting(optimizer, decay_groups(optimizer).groups[0])
+    ('coupled', 0.05)
+    """
+    attached = decay_groups(optimizer).way
+    apply, peak_lr = ("optimizer", None) if attached is None else (attached.apply, attached.peak_lr)
+    way = own_way(optimizer) if apply == "optimizer" else apply
+    has_rate = "lr" in group.parent or (apply == "independent" and peak_lr is None)
+    factor = float(factor_of(group.parent, apply, peak_lr)) if has_rate else math.nan
+    return "decoupled" if way == "independent" else way, factor * float(group.weight_decay)
+
+
 class OptimizersOwn:
     """Lambda in force in the optimizer's own decay.
 
@@ -67,10 +99,15 @@ class OptimizersOwn:
         self._groups = decay_groups(optimizer)
         self._groups.hold(self, "WeightDecay")
         self._groups.hide(in_step, self)
-        decoupled = in_step.get(DECOUPLED_FLAG)
-        self._way: OwnWay | None = own_way(optimizer)
-        if decoupled is not None:
-            self._way = "decoupled" if decoupled else "coupled"
+        self.apply, self.peak_lr = "optimizer", None
+        if DECOUPLED_FLAG in in_step:
+            self.apply = "decoupled" if in_step[DECOUPLED_FLAG] else "coupled"
+
+    @property
+    def _way(self) -> OwnWay | None:
+        if self.apply == "optimizer":
+            return own_way(self._groups.optimizer)
+        return "decoupled" if self.apply == "decoupled" else "coupled"
 
     @property
     def rounds_away(self) -> bool:
@@ -95,9 +132,10 @@ class Way(StepHook):
     # whether decay that is too small for the number format of the weights does nothing
     rounds_away = False
 
-    def __init__(self, optimizer: Optimizer, apply: str) -> None:
+    def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR = None) -> None:
         super().__init__(optimizer, f"apply={apply!r}")
         self.groups = decay_groups(optimizer)
+        self.apply, self.peak_lr = apply, peak_lr
         self.start: Start | None = None
         self._started: tuple[int, dict[Tensor, Tensor]] = (-1, {})
         self.groups.hold(self, f"apply={apply!r}")
@@ -192,10 +230,8 @@ class OnWeights(Way):
     """Decay of the weights themselves, by the share eta lambda or as `independent` has it."""
 
     def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR) -> None:
-        super().__init__(optimizer, apply)
+        super().__init__(optimizer, apply, peak_lr)
         self.rounding: Accumulate | Stochastic | None = None
-        self._apply = apply
-        self._peak_lr = peak_lr
 
     @property
     def rounds_away(self) -> bool:  # type: ignore[override]
@@ -229,12 +265,7 @@ class OnWeights(Way):
         return [(group.params, share) for group, share in zip(groups, shares, strict=True)]
 
     def _factor(self, parent: Mapping[str, Any], lr: float | None = None) -> Share:
-        factor: Share = 1.0
-        if self._apply != "independent" or self._peak_lr is not None:
-            factor = step_size(parent if lr is None else {**parent, "lr": lr})
-        if self._apply == "independent" and self._peak_lr is not None:
-            factor = factor / peak_of(parent, self._peak_lr)
-        return factor
+        return factor_of(parent if lr is None else {**parent, "lr": lr}, self.apply, self.peak_lr)
 
 
 class Scaled(OnWeights):
@@ -300,7 +331,7 @@ class Compared(OnWeights):
                     real_parts(before),
                     real_parts(weights),
                     share,
-                    masked=self._apply == "cautious",
+                    masked=self.apply == "cautious",
                     rounding=self._stochastic,
                     starts=self._starts_of(params, rows),
                 )

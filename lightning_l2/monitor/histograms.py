@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_l2.norms.layout import blocks, wide_dtype
+from lightning_l2.norms.layout import blocks, plain_part, wide_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +65,15 @@ def count(weight: Tensor, bins: int = BINS) -> Tensor:
     return torch.cat([lowest.view(1), highest.view(1), counts])
 
 
+def count_weights(weight: Tensor) -> Tensor | None:
+    """Count the entries of a weight, real and imaginary parts of a complex one; None if it has none.
+
+    >>> count_weights(torch.zeros(3, 0)) is None
+    True
+    """
+    return count(plain_part(weight)) if weight.numel() else None
+
+
 def histogram(counted: Sequence[float]) -> Histogram:
     """Return what `count` found, on the host.
 
@@ -93,7 +102,7 @@ def log_histogram(logger: Any, key: str, found: Histogram, step: int) -> None:
         max=found.highest,
         num=sum(counts),
         sum=sum(count * center for count, center in zip(counts, centers, strict=True)),
-        sum_squares=sum(count * center**2 for count, center in zip(counts, centers, strict=True)),
+        sum_squares=sum(count * center * center for count, center in zip(counts, centers, strict=True)),
         bucket_limits=found.edges[1:],
         bucket_counts=counts,
         global_step=step,

@@ -30,10 +30,11 @@ class Watched:
     Args:
         parameters: Every parameter that requires a gradient, once.
         names: Their clean qualified names.
-        layers: The layer that each is logged under, None for those that count in the totals only.
+        layers: The layer that each is logged under, None for those that count in the totals at most.
         group_names: A unique name for each parameter group of all optimizers.
         members: For each group, the indices of its parameters.
         owners: For each parameter, the index of the first group that has it.
+        counted: Whether each counts in the totals: those that an optimizer has, all if there is no optimizer.
         normalised: Whether each is a weight that a normalisation layer directly follows.
         shards: For pieces that FSDP1 made, the processes that have the others.
         sharded: Whether any parameter is spread over processes.
@@ -45,12 +46,13 @@ class Watched:
     group_names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
     owners: tuple[int | None, ...]
+    counted: tuple[bool, ...]
     normalised: tuple[bool, ...]
     shards: tuple[ProcessGroup | None, ...]
     sharded: bool
 
     def by_layer(self, values: Mapping[int, float]) -> dict[str, float]:
-        """Add up one value a parameter, by its index, over each layer, and over all parameters under `total`.
+        """Add up one value a parameter, by its index, over each layer, and over all that count under `total`.
 
         >>> from torch import nn
         >>> watch(nn.Linear(2, 2), []).by_layer({0: 9.0, 1: 16.0})
@@ -61,7 +63,7 @@ class Watched:
             layer = self.layers[index]
             if layer is not None:
                 sums[layer] = sums.get(layer, 0.0) + value
-        return {**sums, "total": sum(values.values())}
+        return {**sums, "total": sum(value for index, value in values.items() if self.counted[index])}
 
     def by_group(self, values: Mapping[int, float]) -> list[float]:
         """Add up one value a parameter over each parameter group."""
@@ -76,11 +78,13 @@ def watch(
     depth: int | None = None,
     include: str | None = None,
     root: nn.Module | None = None,
+    holders: Sequence[Any] = (),
 ) -> Watched:
     """Find the parameters of a model to watch.
 
     Frozen parameters are left out: training does not move them and no optimizer decays them. They are watched from
-    when they are unfrozen.
+    when they are unfrozen. Parameters that no optimizer has, such as those of a moving average of the model or of a
+    layer that was unfrozen and not handed to one yet, are watched and count in no total.
 
     Args:
         model: The model; parameters of the optimizers that are not the model's are watched under their group's name.
@@ -89,6 +93,7 @@ def watch(
         depth: With `per="module"`: roll modules up to names of at most this many components.
         include: Regular expression; layers in whose name it is not found count in the totals only.
         root: The outermost module, where a strategy wrapped the model.
+        holders: Optimizers around the bare ones that may hold more, as one that shares parameters among processes does.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
@@ -111,6 +116,7 @@ def watch(
             group_names=(),
             members=(),
             owners=(),
+            counted=(),
             normalised=tuple(id(parameter) in normalised for _, parameter in watched),
             shards=tuple(shards.get(id(parameter)) for _, parameter in watched),
             sharded=any(id(parameter) in shards or process_groups(parameter) for _, parameter in watched),
@@ -119,6 +125,7 @@ def watch(
         per=per,
         depth=depth,
         include=include,
+        holders=holders,
     )
 
 
@@ -129,6 +136,7 @@ def regroup(
     per: Per = "module",
     depth: int | None = None,
     include: str | None = None,
+    holders: Sequence[Any] = (),
 ) -> Watched:
     """Return the same parameters in the groups that the optimizers have now; the arguments are those of `watch`.
 
@@ -143,6 +151,7 @@ def regroup(
     members = [tuple(places[id(p)] for p in parameters if id(p) in places) for parameters in groups]
     owner_of = {index: number for number in reversed(range(len(groups))) for index in members[number]}
     owners = [owner_of.get(index) for index in range(len(watched.parameters))]
+    held = {id(p) for params in [*groups, *(one for h in holders for one in group_members(h))] for p in params}
     layers = [
         _layer(name, None if owner is None else names[owner], per, depth)
         for name, owner in zip(watched.names, owners, strict=True)
@@ -153,6 +162,7 @@ def regroup(
         group_names=tuple(names),
         members=tuple(members),
         owners=tuple(owners),
+        counted=tuple(not optimizers or id(parameter) in held for parameter in watched.parameters),
     )
 
 

@@ -1,87 +1,108 @@
-"""What one training step shows of the watched parameters, measured on their device and fetched at once."""
+"""What one training step shows of the watched parameters, read on their device and fetched at once."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_l2.monitor.histograms import count
-from lightning_l2.monitor.rotation import equilibrium_angle, learning_rate, norm_power
-from lightning_l2.monitor.spectra import as_matrix, bidiagonal
-from lightning_l2.norms.inner_products import local_inner_products
-from lightning_l2.norms.layout import plain_part
 from lightning_l2.norms.squared import local_squared_norms
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.sharding import local_part, process_groups, sum_over_shards, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch.optim import Optimizer
 
     from lightning_l2.monitor.layers import Watched
 
-Values: TypeAlias = dict[int, float]
-"""One number a watched parameter, by its index."""
+Values: TypeAlias = dict[int, Any]
+"""What was read of watched parameters, by their index."""
 
 
-class GroupValues(NamedTuple):
-    """What a parameter group's step goes by.
-
-    Args:
-        weight_decay: Lambda in force.
-        lr: Learning rate.
-        angle: `rotation.equilibrium_angle` of the group, in radians; None if it is unknown or not wanted.
-        power: `rotation.norm_power` of the optimizer.
-    """
-
-    weight_decay: float
-    lr: float
-    angle: float | None
-    power: int
-
-
-class Fetched(NamedTuple):
-    """What a reading found.
-
-    Args:
-        sums: Sums of squares or products of each parameter: `weights`, `gradients`, `updates`, `products`.
-        others: Other measurements of a parameter, as one list of numbers each.
-    """
-
-    sums: dict[str, Values]
-    others: dict[tuple[str, int], list[float]]
-
-
+@dataclass(frozen=True)
 class Reading:
-    """The measurements of one step, kept on the device until `fetch`.
+    """What logged quantities are made of: something that is read of each parameter, or of each parameter group.
+
+    Args:
+        of: What `read` is given, and when. `"weights"`: the parameters before a step. `"gradients"`: the gradients.
+            `"moves"`: the weights before minus those after a step, and those after it. For these it returns one number
+            each, to be added up where a parameter is spread over processes. `"wholes"`: one logged weight, gathered;
+            it returns a tensor, or None. `"groups"`: an optimizer, and a part of its groups that decays alike, when
+            the optimizer has updated; it returns a number on the host. `"start"`: nothing; it stands for `WEIGHTS`
+            when training began.
+        read: The function.
+        found: With `"wholes"`: what the host makes of the list of numbers that was read.
+    """
+
+    of: Literal["weights", "gradients", "moves", "wholes", "groups", "start"]
+    read: Callable[..., Any]
+    found: Callable[[list[float]], Any] = list
+
+
+WEIGHTS = Reading("weights", local_squared_norms)
+
+
+@dataclass
+class Step:
+    """What was read in a step, on the host.
 
     Args:
         watched: The parameters.
-        optimizers: Bare torch optimizers.
-        step: The step's label.
-        rotation: Whether learning rates and the angles that they lead to are wanted.
+        values: By reading, a value for each parameter that it was made of.
+        groups: By reading, a number for each watched parameter group.
+        loss: The loss, if it was read.
     """
 
-    def __init__(self, watched: Watched, optimizers: Sequence[Optimizer], step: int, *, rotation: bool = False) -> None:
-        self.step = step
-        self._rotation = rotation
-        # by the optimizer's number
-        self._groups: dict[int, list[GroupValues]] = {}
-        # by quantity, gradients by the optimizer's number too: indices of parameters and one number for each
-        self._sums: dict[tuple[str, int], tuple[Sequence[int], Tensor]] = {}
-        # by quantity and the parameter's index
-        self._others: dict[tuple[str, int], Tensor] = {}
-        self._before: list[Tensor] | None = None
-        self.regroup(watched, optimizers)
+    watched: Watched
+    values: dict[Reading, Values]
+    groups: dict[Reading, list[Any]]
+    loss: float | None = None
+    _layers: dict[Reading, dict[str, float]] = field(default_factory=dict)
 
-    @property
-    def groups(self) -> list[GroupValues]:
-        """What the step of each parameter group goes by, in the order of the watched groups."""
-        return [values for number in sorted(self._groups) for values in self._groups[number]]
+    def layers(self, reading: Reading) -> dict[str, float]:
+        """Add up what was read of each layer's parameters, and of all under `total`."""
+        if reading not in self._layers:
+            self._layers[reading] = self.watched.by_layer(self.values[reading])
+        return self._layers[reading]
+
+    def owners(self, reading: Reading) -> Values:
+        """Return what was read of each parameter's group, of those that have one."""
+        numbers = self.groups[reading]
+        return {index: numbers[owner] for index, owner in enumerate(self.watched.owners) if owner is not None}
+
+    def has(self, readings: Iterable[Reading]) -> bool:
+        """Return whether all of these were made."""
+        return all(reading in self.values or reading in self.groups for reading in readings)
+
+
+class Measurement:
+    """The readings of one step, kept on the device until `fetch`.
+
+    Args:
+        step: The step's label.
+        watched: The parameters.
+        optimizers: Bare torch optimizers.
+        readings: What to read, in the same order in all processes; the weights are read at any rate.
+    """
+
+    def __init__(
+        self, step: int, watched: Watched, optimizers: Sequence[Optimizer], readings: Iterable[Reading] = ()
+    ) -> None:
+        self.step = step
+        self._readings = list(dict.fromkeys([WEIGHTS, *readings]))
+        # by the optimizer's number
+        self._groups: dict[int, dict[Reading, list[Any]]] = {}
+        # by reading, gradients by the optimizer's number too: indices of parameters and one number for each
+        self._sums: dict[tuple[Reading, int], tuple[Sequence[int], Tensor]] = {}
+        # by reading and the parameter's index
+        self._wholes: dict[tuple[Reading, int], Tensor] = {}
+        self._before: list[Tensor] | None = None
+        self._loss: Tensor | None = None
+        self.regroup(watched, optimizers)
 
     def regroup(self, watched: Watched, optimizers: Sequence[Optimizer]) -> None:
         """Read the groups of all optimizers; `watched` has the same parameters as before."""
@@ -91,41 +112,21 @@ class Reading:
 
     def read_groups(self, number: int, optimizer: Optimizer) -> None:
         """Read lambda and what else is in force in the groups of the optimizer of that number."""
-        power = norm_power(optimizer) if self._rotation else 1
-        self._groups[number] = [
-            GroupValues(
-                float(group.weight_decay),
-                learning_rate(group.parent) if self._rotation else math.nan,
-                equilibrium_angle(optimizer, {**group.parent, "weight_decay": float(group.weight_decay)})
-                if self._rotation
-                else None,
-                power,
-            )
-            for group in decay_groups(optimizer).unnamed()
-        ]
+        parts, readings = decay_groups(optimizer).unnamed(), self._of("groups")
+        self._groups[number] = {reading: [reading.read(optimizer, part) for part in parts] for reading in readings}
 
-    def read_weights(self, keep: bool = False) -> None:
-        """Measure the weights; `keep` a copy of them, in fp32 or wider, for `read_updates`."""
+    def read_weights(self) -> None:
+        """Read the weights; a copy of them, in fp32 or wider, is kept if their moves are to be read."""
         parameters = self.watched.parameters
-        self._sums["weights", 0] = range(len(parameters)), local_squared_norms(parameters)
-        if keep:
+        for reading in self._of("weights"):
+            self._sums[reading, 0] = range(len(parameters)), reading.read(parameters)
+        if self._of("moves"):
             self._before = [_wide_copy(local_part(parameter).detach()) for parameter in parameters]
-
-    def read_spectra(self) -> None:
-        """Reduce each logged weight matrix to a bidiagonal one, which tells its extreme singular values."""
-        for index, weight in self._whole_weights():
-            matrix = as_matrix(weight)
-            if matrix is not None:
-                self._others["spectra", index] = bidiagonal(matrix)
-
-    def read_histograms(self) -> None:
-        """Count the entries of the logged weights; real and imaginary parts of complex ones."""
-        for index, weight in self._whole_weights():
-            if weight.numel():
-                self._others["histogram", index] = count(plain_part(weight))
+        if wholes := self._of("wholes"):
+            self._read_wholes(wholes)
 
     def read_gradients(self, number: int, optimizer: Optimizer) -> None:
-        """Measure the gradients of one optimizer's parameters; the last reading of an optimizer counts."""
+        """Read the gradients of one optimizer's parameters; the last reading of an optimizer counts."""
         mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         indices, gradients = [], []
         for index, parameter in enumerate(self.watched.parameters):
@@ -138,56 +139,68 @@ class Reading:
             if gradient is not None:
                 indices.append(index)
                 gradients.append(gradient)
-        self._sums["gradients", number] = indices, local_squared_norms(gradients)
+        for reading in self._of("gradients"):
+            self._sums[reading, number] = indices, reading.read(gradients)
 
     def has_gradients(self, number: int) -> bool:
-        """Return whether the gradients of an optimizer's parameters were measured."""
-        return ("gradients", number) in self._sums
+        """Return whether the gradients of an optimizer's parameters were read."""
+        return any((reading, number) in self._sums for reading in self._of("gradients"))
 
     def read_loss(self, loss: Tensor) -> None:
         """Keep the loss, as it is on this process."""
-        self._others["loss", 0] = loss
+        self._loss = loss
 
     @torch.no_grad()
-    def read_updates(self) -> None:
-        """Measure how the weights moved since `read_weights`; the copy becomes the difference and is let go."""
+    def read_moves(self) -> None:
+        """Read how the weights moved since `read_weights`; the copy becomes the difference and is let go."""
         if self._before is None:
             return
         after = [local_part(parameter).detach() for parameter in self.watched.parameters]
         difference, self._before = self._before, None
         # one launch for all parameters, for which torch has no public name
         torch._foreach_sub_(difference, after)
-        indices = range(len(after))
-        self._sums["updates", 0] = indices, local_squared_norms(difference)
-        if self._rotation:
-            self._sums["products", 0] = indices, local_inner_products(difference, after)
+        for reading in self._of("moves"):
+            self._sums[reading, 0] = range(len(after)), reading.read(difference, after)
 
-    def fetch(self) -> Fetched:
+    def fetch(self) -> Step:
         """Bring everything to the host, by one collective where parameters are sharded and one transfer."""
-        _, weights = self._sums["weights", 0]
+        _, weights = self._sums[WEIGHTS, 0]
         # the sums of an optimizer without gradients, or with all of its parameters elsewhere, are on another device
         sums = torch.cat([values.to(weights, non_blocking=True) for _, values in self._sums.values()])
         if self.watched.sharded:
             parameters, shards = self.watched.parameters, self.watched.shards
             owners = [index for indices, _ in self._sums.values() for index in indices]
             sum_over_shards(sums, [parameters[owner] for owner in owners], [shards[owner] for owner in owners])
-        others = [other.detach().to(sums.device, sums.dtype, non_blocking=True) for other in self._others.values()]
-        numbers: list[float] = torch.cat([sums, *(other.flatten() for other in others)]).tolist()
-        fetched = Fetched({}, {})
+        others = [*self._wholes.values(), *([] if self._loss is None else [self._loss])]
+        others = [other.detach().to(sums.device, sums.dtype, non_blocking=True).flatten() for other in others]
+        numbers: list[float] = torch.cat([sums, *others]).tolist()
+        groups = {
+            reading: [one for number in sorted(self._groups) for one in self._groups[number][reading]]
+            for reading in self._of("groups")
+        }
+        step = Step(self.watched, {}, groups, None if self._loss is None else numbers[-1])
         start = 0
-        for (name, _), (indices, _) in self._sums.items():
-            fetched.sums.setdefault(name, {}).update(zip(indices, numbers[start:], strict=False))
+        for (reading, _), (indices, _) in self._sums.items():
+            step.values.setdefault(reading, {}).update(zip(indices, numbers[start:], strict=False))
             start += len(indices)
-        for key, other in self._others.items():
-            fetched.others[key] = numbers[start : start + other.numel()]
-            start += other.numel()
-        return fetched
+        for (reading, index), other in self._wholes.items():
+            stop = start + other.numel()
+            step.values.setdefault(reading, {})[index] = reading.found(numbers[start:stop])
+            start = stop
+        return step
 
-    def _whole_weights(self) -> Iterator[tuple[int, Tensor]]:
+    def _of(self, what: str) -> list[Reading]:
+        return [reading for reading in self._readings if reading.of == what]
+
+    def _read_wholes(self, readings: list[Reading]) -> None:
         for index, (parameter, layer) in enumerate(zip(self.watched.parameters, self.watched.layers, strict=True)):
             # The pieces that FSDP1 cuts are no matrices, and have no other place to be gathered from.
-            if layer is not None and self.watched.shards[index] is None:
-                yield index, whole(parameter).detach()
+            if layer is None or self.watched.shards[index] is not None:
+                continue
+            weight = whole(parameter).detach()
+            for reading in readings:
+                if (found := reading.read(weight)) is not None:
+                    self._wholes[reading, index] = found
 
 
 def _wide_copy(tensor: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class NormOptions:
     per: Per = "module"
     depth: int | None = None
     include: str | None = None
-    top_k: int | None = None
-    top_k_by: Literal["norm", "change"] = "norm"
+    rms: bool = False
+    prog_bar: bool = False
     gradients: bool | Literal["before_clipping", "after_clipping"] = False
     updates: bool = False
     rotation: bool = False
@@ -38,12 +38,11 @@ class NormOptions:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        for name in ("every_n_steps", "depth", "top_k", "spectra", "histograms"):
+        for name in ("every_n_steps", "depth", "spectra", "histograms"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"Expected `{name}` to be an integer of at least 1 or None, got {count!r}.")
         self._check_choice("per", get_args(Per))
-        self._check_choice("top_k_by", ("norm", "change"))
         self._check_choice("gradients", (True, False, "before_clipping", "after_clipping"))
         if self.depth is not None and self.per != "module":
             raise ValueError(
@@ -55,11 +54,6 @@ class NormOptions:
             raise ValueError(f"`include` is no regular expression: {self.include!r} ({error}).") from error
         if self.gradients is True:
             object.__setattr__(self, "gradients", "before_clipping")
-
-    @property
-    def keeps_weights(self) -> bool:
-        """Whether weights before a step are compared to those after it."""
-        return self.updates or self.rotation
 
     @property
     def keeps_initial(self) -> bool:

@@ -1,146 +1,183 @@
-"""The quantities that are logged, one function each, from sums of squares on the host."""
+"""The quantities that are logged, a line each: key, function, what it reads, and the options that ask for it."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from lightning_l2.monitor.rotation import angular_update, effective_lr
-from lightning_l2.monitor.spectra import extreme_singular_values
+import torch
+
+from lightning_l2.monitor.histograms import Histogram, count_weights, histogram
+from lightning_l2.monitor.measurement import WEIGHTS, Reading
+from lightning_l2.monitor.rotation import angular_update, effective_lr, equilibrium_angle, learning_rate, norm_power
+from lightning_l2.monitor.spectra import extreme_singular_values, reduced
+from lightning_l2.norms.inner_products import local_inner_products
+from lightning_l2.norms.squared import local_squared_norms
+from lightning_l2.sharding import local_part
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from lightning_l2.monitor.layers import Watched
-    from lightning_l2.monitor.measurement import GroupValues
+    from torch import Tensor
 
-
-def roots(squares: Mapping[str, float]) -> dict[str, float]:
-    """Return the norm of each layer.
-
-    >>> roots({"head": 9.0, "total": 25.0})
-    {'head': 3.0, 'total': 5.0}
-    """
-    return {name: math.sqrt(square) for name, square in squares.items()}
+    from lightning_l2.monitor.measurement import Step
+    from lightning_l2.monitor.options import NormOptions
 
 
-def norms(prefix: str, squares: Mapping[str, float]) -> dict[str, float]:
-    """Return the norm of each layer under its key.
-
-    >>> norms("l2_norm", {"head": 9.0, "total": 25.0})
-    {'l2_norm/head': 3.0, 'l2_norm/total': 5.0}
-    """
-    return {f"{prefix}/{name}": norm for name, norm in roots(squares).items()}
+def norms(step: Step, of: Reading) -> dict[str, float]:
+    """Return the norm of each layer, from sums of squares."""
+    return {name: math.sqrt(square) for name, square in step.layers(of).items()}
 
 
-def ratios(prefix: str, squares: Mapping[str, float], of: Mapping[str, float]) -> dict[str, float]:
-    """Return the ratio of two norms of each layer; none where there is no first or the second is 0.
-
-    >>> ratios("update_ratio", {"head": 1.0, "zero": 1.0}, {"head": 4.0, "zero": 0.0})
-    {'update_ratio/head': 0.5}
-    """
-    return {
-        f"{prefix}/{name}": math.sqrt(squares[name] / square)
-        for name, square in of.items()
-        if square and name in squares
-    }
+def ratios(step: Step, of: Reading, over: Reading) -> dict[str, float]:
+    """Return the root of the ratio of two sums of each layer; none where there is no first or the second is 0."""
+    squares = step.layers(of)
+    return {name: math.sqrt(squares[name] / n) for name, n in step.layers(over).items() if n and name in squares}
 
 
-def penalties(watched: Watched, squares: Mapping[int, float], groups: Sequence[GroupValues]) -> dict[str, float]:
-    r"""Return the penalty $\frac{\lambda}{2} \lVert w \rVert_2^2$ and lambda of each parameter group.
-
-    Args:
-        watched: The parameters and their groups.
-        squares: Sums of squares by the parameter's index.
-        groups: What is in force in each group.
-    """
-    lambdas = [group.weight_decay for group in groups]
+def penalties(step: Step, squares: Reading, lambdas: Reading) -> dict[str, float]:
+    r"""Return the penalty $\frac{\lambda}{2} \lVert w \rVert_2^2$ of each parameter group."""
+    sums = step.watched.by_group(step.values[squares])
     # lambda 0 of weights that overflowed is no penalty, not NaN
-    penalty = [value and value / 2 * square for value, square in zip(lambdas, watched.by_group(squares), strict=True)]
-    logged = {f"l2_penalty/{name}": value for name, value in zip(watched.group_names, penalty, strict=True)}
-    logged["l2_penalty/total"] = sum(penalty)
-    return logged | {f"weight_decay/{name}": value for name, value in zip(watched.group_names, lambdas, strict=True)}
+    found = [value and value / 2 * square for value, square in zip(step.groups[lambdas], sums, strict=True)]
+    return {**dict(zip(step.watched.group_names, found, strict=True)), "total": sum(found)}
 
 
-def angular_updates(
-    squares: Mapping[str, float], updates: Mapping[str, float], products: Mapping[str, float]
-) -> dict[str, float]:
-    """Return the angle that each layer's weights turned, in radians.
+def of_groups(step: Step, of: Reading) -> dict[str, float]:
+    """Return what was read of each parameter group."""
+    return dict(zip(step.watched.group_names, step.groups[of], strict=True))
 
-    >>> angular_updates({"head": 1.0}, {"head": 2.0}, {"head": -1.0})
-    {'angular_update/head': 1.5707963267948966}
-    """
+
+def angles(step: Step, squares: Reading, moves: Reading, products: Reading) -> dict[str, float]:
+    """Return the angle that each layer's weights turned, in radians."""
+    moved, along = step.layers(moves), step.layers(products)
     return {
-        f"angular_update/{name}": angular_update(square, updates[name], products[name])
-        for name, square in squares.items()
+        name: angular_update(square, moved[name], along[name])
+        for name, square in step.layers(squares).items()
         if square
     }
 
 
-def squared_equilibria(
-    watched: Watched, squares: Mapping[int, float], groups: Sequence[GroupValues]
-) -> dict[int, float]:
-    r"""Return $\theta^2 \lVert w \rVert^2$, the squared update of equilibrium, of parameters that have a known one."""
-    angles = {index: groups[owner].angle for index, owner in enumerate(watched.owners) if owner is not None}
-    return {index: angle**2 * squares[index] for index, angle in angles.items() if angle}
+def equilibria(step: Step, squares: Reading, expected: Reading) -> dict[str, float]:
+    """Return the angle that each layer's weights turn in equilibrium, of layers with parameters that have one."""
+    known = {index: angle for index, angle in step.owners(expected).items() if angle}
+    turned = step.watched.by_layer({index: angle**2 * step.values[squares][index] for index, angle in known.items()})
+    layers = step.layers(squares)
+    return {name: math.sqrt(square / layers[name]) for name, square in turned.items() if known and layers[name]}
 
 
-def effective_lrs(
-    watched: Watched, squares: Mapping[int, float], groups: Sequence[GroupValues], layers: Container[str]
-) -> dict[str, float]:
-    """Return the learning rate that the weights of each normalised layer feel, of those layers that are to be shown."""
-    normalised = {index: squares[index] for index in squares if watched.normalised[index]}
+def effective_lrs(step: Step, squares: Reading, lrs: Reading, powers: Reading) -> dict[str, float]:
+    """Return the learning rate that the weights of each layer before a normalisation feel."""
+    watched, rates, power = step.watched, step.owners(lrs), step.owners(powers)
+    normalised = {index: square for index, square in step.values[squares].items() if watched.normalised[index]}
     sums = watched.by_layer(normalised)
-    logged = {}
-    for index in normalised:
-        layer, owner = watched.layers[index], watched.owners[index]
-        if layer is not None and owner is not None and layer in layers:
-            group = groups[owner]
-            logged[f"effective_lr/{layer}"] = effective_lr(group.lr, sums[layer], group.power)
-    return logged
+    return {
+        layer: effective_lr(rates[index], sums[layer], power[index])
+        for index in normalised
+        if (layer := watched.layers[index]) is not None and index in rates
+    }
 
 
-def spectral(name: str, entries: Sequence[float], square: float) -> dict[str, float]:
-    """Return the spectral norm, stable rank and condition number of a weight matrix.
+def spectral_norms(step: Step, values: Reading) -> dict[str, float]:
+    """Return the largest singular value of each weight matrix."""
+    return {step.watched.names[index]: largest for index, (largest, _) in step.values[values].items()}
+
+
+def stable_ranks(step: Step, squares: Reading, values: Reading) -> dict[str, float]:
+    """Return the squared L2 (Frobenius) norm of each weight matrix over its squared spectral norm."""
+    largest, sums = step.values[values], step.values[squares]
+    return {step.watched.names[i]: sums[i] / one / one for i, (one, _) in largest.items() if one}
+
+
+def condition_numbers(step: Step, values: Reading) -> dict[str, float]:
+    """Return the ratio of the extreme singular values of each weight matrix."""
+    return {
+        step.watched.names[index]: largest / smallest if smallest else math.inf
+        for index, (largest, smallest) in step.values[values].items()
+        if largest
+    }
+
+
+def histograms(step: Step, of: Reading) -> dict[str, Histogram]:
+    """Return the histogram of each weight."""
+    return {step.watched.names[index]: found for index, found in step.values[of].items()}
+
+
+def sizes(parameters: Sequence[Tensor]) -> Tensor:
+    """Return how many elements this process holds of each parameter.
+
+    >>> sizes([torch.ones(2, 3)])
+    tensor([6.], dtype=torch.float64)
+    """
+    return torch.tensor([local_part(parameter).numel() for parameter in parameters], dtype=torch.float64)
+
+
+START = Reading("start", local_squared_norms)
+SIZES = Reading("weights", sizes)
+GRADIENTS = Reading("gradients", local_squared_norms)
+MOVES = Reading("moves", lambda moved, _: local_squared_norms(moved))
+PRODUCTS = Reading("moves", local_inner_products)
+SINGULAR_VALUES = Reading("wholes", reduced, extreme_singular_values)
+COUNTS = Reading("wholes", count_weights, histogram)
+LAMBDAS = Reading("groups", lambda _, part: float(part.weight_decay))
+ANGLES = Reading("groups", equilibrium_angle)
+LRS = Reading("groups", lambda _, part: learning_rate(part.parent))
+POWERS = Reading("groups", lambda optimizer, _: norm_power(optimizer))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A logged quantity.
 
     Args:
-        name: The weight's name.
-        entries: The flattened bidiagonal matrix of `spectra.bidiagonal`.
-        square: Its squared L2 (Frobenius) norm.
-
-    >>> spectral("w", [4.0, 2.0, 0.0, 0.0], 20.0)
-    {'spectral_norm/w': 4.0, 'stable_rank/w': 1.25, 'condition_number/w': 2.0}
-    """
-    half = len(entries) // 2
-    largest, smallest = extreme_singular_values([entries[:half], entries[half:]])
-    logged = {f"spectral_norm/{name}": largest}
-    if largest:
-        logged[f"stable_rank/{name}"] = square / largest**2
-        logged[f"condition_number/{name}"] = largest / smallest if smallest else math.inf
-    return logged
-
-
-def strongest(count: int, squares: Mapping[str, float], previous: Mapping[str, float] | None = None) -> set[str]:
-    """Return the layers with the largest norms, or whose norms have changed by the largest factor.
-
-    Args:
-        count: How many.
-        squares: Squared norm of each layer.
-        previous: The same at the previous logged step, to choose by change.
-
-    >>> sorted(strongest(1, {"a": 4.0, "b": 9.0, "total": 13.0}))
-    ['b']
-    >>> sorted(strongest(1, {"a": 4.0, "b": 9.0, "total": 13.0}, {"a": 1.0, "b": 9.0}))
-    ['a']
+        key: What its keys begin with.
+        function: Takes what a step has shown and the readings, and returns numbers or histograms by name.
+        reads: The readings.
+        options: The options that ask for it, all of them. One that is a number says at every how many logged steps.
     """
 
-    def key(name: str) -> float:
-        now = squares[name]
-        if previous is None:
-            return now if now < math.inf else math.inf
-        before = previous.get(name, now)
-        if 0 < before < math.inf and 0 < now < math.inf:
-            return abs(math.log(now / before))
-        return 0.0 if now == before else math.inf
+    key: str
+    function: Callable[..., dict[str, Any]]
+    reads: tuple[Reading, ...]
+    options: tuple[str, ...] = ()
 
-    return set(sorted((name for name in squares if name != "total"), key=key, reverse=True)[:count])
+    def is_wanted(self, options: NormOptions, order: int | None) -> bool:
+        """Return whether it is to be measured in a step before which `order` were logged, None if it won't be."""
+        asked = [getattr(options, name) for name in self.options]
+        return all(order is not None and order % one == 0 if type(one) is int else bool(one) for one in asked)
+
+
+QUANTITIES = (
+    Quantity("l2_penalty", penalties, (WEIGHTS, LAMBDAS)),
+    Quantity("weight_decay", of_groups, (LAMBDAS,)),
+    Quantity("l2_norm", norms, (WEIGHTS,)),
+    Quantity("l2_rms", ratios, (WEIGHTS, SIZES), ("rms",)),
+    Quantity("norm_ratio", ratios, (WEIGHTS, START), ("initial_ratio",)),
+    Quantity("grad_norm", norms, (GRADIENTS,), ("gradients",)),
+    Quantity("update_norm", norms, (MOVES,), ("updates",)),
+    Quantity("update_rms", ratios, (MOVES, SIZES), ("updates", "rms")),
+    Quantity("update_ratio", ratios, (MOVES, WEIGHTS), ("updates",)),
+    Quantity("angular_update", angles, (WEIGHTS, MOVES, PRODUCTS), ("rotation",)),
+    Quantity("angular_equilibrium", equilibria, (WEIGHTS, ANGLES), ("rotation",)),
+    Quantity("effective_lr", effective_lrs, (WEIGHTS, LRS, POWERS), ("rotation",)),
+    Quantity("spectral_norm", spectral_norms, (SINGULAR_VALUES,), ("spectra",)),
+    Quantity("stable_rank", stable_ranks, (WEIGHTS, SINGULAR_VALUES), ("spectra",)),
+    Quantity("condition_number", condition_numbers, (SINGULAR_VALUES,), ("spectra",)),
+    Quantity("weights", histograms, (COUNTS,), ("histograms",)),
+)
+
+
+def wanted(options: NormOptions, order: int | None) -> list[Quantity]:
+    """Return the quantities to measure in a step, before which `order` were logged, None if it won't be."""
+    return [quantity for quantity in QUANTITIES if quantity.is_wanted(options, order)]
+
+
+def logged(step: Step, quantities: Iterable[Quantity]) -> dict[str, Any]:
+    """Return the quantities by key, of those whose readings were made."""
+    return {
+        f"{quantity.key}/{name}": value
+        for quantity in quantities
+        if step.has(quantity.reads)
+        for name, value in quantity.function(step, *quantity.reads).items()
+    }

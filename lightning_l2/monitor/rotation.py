@@ -13,12 +13,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.optimizers.facts import own_way, torch_class
+from lightning_l2.decay.ways import acting
+from lightning_l2.optimizers.facts import torch_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch.optim import Optimizer
+
+    from lightning_l2.param_groups.parts import DecayGroup
+
+
+# times the weights' length: beyond, the sums that differ by the angle alone are equal in fp32
+_LONGEST = 1e6
 
 
 def angular_update(square: float, squared_update: float, product: float) -> float:
@@ -35,50 +42,62 @@ def angular_update(square: float, squared_update: float, product: float) -> floa
         product: $\langle d, w' \rangle$ with the weights after the step.
 
     Returns:
-        The angle in radians, 0 to pi; NaN if the weights are 0 before or after the step.
+        The angle in radians, 0 to pi; NaN if the weights are 0 before or after the step, or were thrown so far that
+        rounding hides it.
 
     >>> round(angular_update(square=1.0, squared_update=2.0, product=-1.0), 4)  # from (1, 0) to (0, 1)
     1.5708
     """
-    inward = product + squared_update
-    remaining = square - inward
-    across = squared_update * square - inward**2
-    if square <= 0 or (across <= 0 and remaining == 0):
+    if not (0 < square < math.inf and squared_update <= _LONGEST**2 * square):
+        return math.nan
+    # as parts of the squared length, whose own square may be more than a float holds
+    inward = (product + squared_update) / square
+    remaining = 1 - inward
+    across = squared_update / square - inward * inward
+    if math.isnan(across) or (across <= 0 and remaining == 0):
         return math.nan
     return math.atan2(math.sqrt(max(0.0, across)), remaining)
 
 
-def equilibrium_angle(optimizer: Optimizer, group: Mapping[str, Any]) -> float | None:
+def equilibrium_angle(optimizer: Optimizer, group: DecayGroup) -> float | None:
     r"""Return the expected angle a step, in equilibrium, of scale-invariant weights in a parameter group.
 
-    * decoupled Adam: $\sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}$
-    * SGD with momentum $m$ and dampening $d$: $\sqrt{\frac{2 \eta (1 - d) \lambda}{1 + m}}$
+    With the way in which decay acts on them, the optimizer's own or an attached one, and $s = \eta \lambda$, or what
+    `independent` has in its place:
 
-    It is reached after about $1 / (\eta \lambda)$ steps.
+    * decoupled Adam: $\sqrt{2 s \frac{1 - \beta_1}{1 + \beta_1}}$
+    * decoupled SGD with momentum $m$: $\sqrt{2 s \frac{1 - m}{1 + m}}$
+    * coupled SGD with momentum $m$ and dampening $d$: $\sqrt{\frac{2 s (1 - d)}{1 + m}}$
+
+    It is reached after about $1 / s$ steps.
 
     Args:
-        optimizer: A bare torch optimizer, that applies lambda in its own way.
-        group: One of its parameter groups, with lambda in force.
+        optimizer: A bare torch optimizer.
+        group: A part of its parameter groups.
 
     Returns:
-        The root mean square of the angle in radians; None for other optimizers.
+        The root mean square of the angle in radians; None for other optimizers and ways.
 
-    Source: Kosson, Messmer, Jaggi, arXiv 2305.17212, 2024, table 1; dampening scales gradient and decay alike.
+    Source: Kosson, Messmer, Jaggi, arXiv 2305.17212, 2024, table 1; dampening scales gradient and coupled decay alike.
 
     >>> import torch
+    >>> from lightning_l2.param_groups.decay_groups import decay_groups
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9, weight_decay=0.01)
-    >>> round(equilibrium_angle(optimizer, optimizer.param_groups[0]), 4)
+    >>> round(equilibrium_angle(optimizer, decay_groups(optimizer).groups[0]), 4)
     0.0324
     """
-    way, kind = own_way(optimizer), torch_class(optimizer)
-    decayed = 2 * learning_rate(group) * float(group.get("weight_decay", 0.0))
+    way, strength = acting(optimizer, group)
+    kind, options = torch_class(optimizer), group.parent
     if way == "decoupled" and kind in ("Adam", "AdamW"):
-        beta = float(group["betas"][0])
-        return math.sqrt(decayed * (1 - beta) / (1 + beta))
-    if kind == "SGD" and not group["nesterov"]:
-        momentum = group["momentum"]
-        return math.sqrt(decayed * (1 - group["dampening"] if momentum else 1) / (1 + momentum))
-    return None
+        momentum = float(options["betas"][0])
+    elif way in ("coupled", "decoupled") and kind == "SGD" and not options["nesterov"]:
+        momentum = options["momentum"]
+    else:
+        return None
+    damped = 1 - momentum
+    if way == "coupled":
+        damped = 1 - options["dampening"] if momentum else 1
+    return math.sqrt(2 * strength * damped / (1 + momentum))
 
 
 def norm_power(optimizer: Optimizer) -> int:

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_l2.monitor.histograms import Histogram
 from lightning_l2.monitor.layers import Watched, regroup, signature, watch
-from lightning_l2.monitor.measurement import Reading
-from lightning_l2.monitor.report import NormReport, Observed
+from lightning_l2.monitor.measurement import WEIGHTS, Measurement, Step
+from lightning_l2.monitor.quantities import START, Quantity, logged, wanted
 from lightning_l2.optimizers.inner import is_hookable
 from lightning_l2.optimizers.step_hook import StepHook, Turn
 from lightning_l2.sharding import show_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from lightning_l2.monitor.alarms import Alarm
     from lightning_l2.monitor.options import NormOptions
+
+
+class Observed(NamedTuple):
+    """What a step has shown.
+
+    Args:
+        step: Its label.
+        metrics: Numbers by key.
+        histograms: Histograms by key.
+        alarms: What no earlier step has raised.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    histograms: dict[str, Histogram]
+    alarms: list[Alarm]
 
 
 class NormTracker:
@@ -29,30 +48,41 @@ class NormTracker:
 
     Attributes:
         seen: For the caller: the label of the last step that began, None at first.
+        is_logged: Whether the step is to be logged; another is measured for its totals.
         has_updated: Whether an optimizer has updated since a step began.
     """
 
     def __init__(self, options: NormOptions, initial: dict[str, float]) -> None:
         self.seen: int | None = None
+        self.is_logged = self.has_updated = False
         self._options = options
         self._initial = initial
-        self._report = NormReport(options, initial)
-        self._reading: Reading | None = None
-        self.has_updated = False
+        self._measurement: Measurement | None = None
+        self._wanted: list[Quantity] = []
+        # of the alarms: norms at the previous step, and what was raised
+        self._previous: dict[str, float] = {}
+        self._raised: set[tuple[str, str]] = set()
         self._watched: Watched | None = None
         self._parameters: list[nn.Parameter] = []
         self._signature: tuple[object, ...] = ()
         self._groups: tuple[object, ...] = ()
         self._optimizers: Sequence[Optimizer] = ()
+        self._holders: Sequence[Any] = ()
         self._hooks: list[_ReadingHook] = []
 
     @property
     def step(self) -> int | None:
         """The step that is being measured, None between measurements."""
-        return None if self._reading is None else self._reading.step
+        return None if self._measurement is None else self._measurement.step
 
     def begin(
-        self, step: int, model: nn.Module, optimizers: Sequence[Optimizer], root: nn.Module | None, order: int | None
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        root: nn.Module | None = None,
+        order: int | None = None,
+        holders: Sequence[Any] = (),
     ) -> None:
         """Measure the weights that a step's first forward pass is about to use.
 
@@ -61,89 +91,115 @@ class NormTracker:
             model: The model.
             optimizers: Its bare optimizers.
             root: The outermost module, where a strategy wrapped the model.
-            order: How many steps were logged before this one, None if this one isn't.
+            order: How many steps were logged before this one, None if this one isn't to be.
+            holders: Optimizers around the bare ones.
         """
         self.end()
+        self.is_logged, self._holders = order is not None, holders
         watched = self._watch(model, optimizers, root)
         if not watched.parameters:
             return
-        options = self._options
         self._groups = signature((), optimizers)
         self.has_updated = False
-        self._reading = Reading(watched, optimizers, step, rotation=options.rotation)
-        self._reading.read_weights(keep=options.keeps_weights)
-        if order is not None and options.spectra and order % options.spectra == 0:
-            self._reading.read_spectra()
-        if order is not None and options.histograms and order % options.histograms == 0:
-            self._reading.read_histograms()
+        self._wanted = wanted(self._options, order)
+        readings = [reading for quantity in self._wanted for reading in quantity.reads]
+        self._measurement = Measurement(step, watched, optimizers, readings)
+        self._measurement.read_weights()
         for number, optimizer in enumerate(optimizers):
             if is_hookable(optimizer):
                 self._hooks.append(_ReadingHook(self, number, optimizer))
         self._optimizers = optimizers
 
     def before_clipping(self, number: int, optimizer: Optimizer) -> None:
-        """Measure the gradients of an optimizer's parameters, complete and not clipped yet."""
-        if self._reading is not None and self._options.gradients == "before_clipping":
-            self._reading.read_gradients(number, optimizer)
-
-    def observe(self, loss: Tensor | None = None, batches: int = 1) -> Observed:
-        """Compare with the weights after the step, and fetch and report everything.
-
-        Args:
-            loss: The loss of the step's last batch, as far as alarms need it.
-            batches: Over how many batches gradients accumulated.
-        """
-        assert self._reading is not None
-        reading, options = self._reading, self._options
-        if loss is not None and options.alarms is not None and options.alarms.penalty is not None:
-            reading.read_loss(loss)
-        if options.keeps_weights:
-            reading.read_updates()
-        observed = self._report.report(reading, reading.fetch(), batches)
-        self.end()
-        return observed
-
-    def peek(self) -> dict[str, float]:
-        """Return the metrics that are known while a step is under way, which goes on."""
-        assert self._reading is not None
-        return NormReport(self._options, dict(self._initial)).report(self._reading, self._reading.fetch()).metrics
-
-    def end(self) -> None:
-        """Leave the step, measured or not."""
-        self._reading = None
-        while self._hooks:
-            self._hooks.pop().remove()
+        """Read the gradients of an optimizer's parameters, complete and not clipped yet."""
+        if self._measurement is not None and self._options.gradients == "before_clipping":
+            self._measurement.read_gradients(number, optimizer)
 
     def after_update(self, number: int, optimizer: Optimizer) -> None:
         """Read what the step went by, which may have changed since its first batch, and its gradients."""
         self.has_updated = True
-        if self._reading is not None:
-            self._read_groups(self._reading, number, self._optimizers)
+        if self._measurement is not None:
+            self._read_groups(self._measurement, number)
             gradients = self._options.gradients
-            if gradients == "after_clipping" or (gradients and not self._reading.has_gradients(number)):
-                self._reading.read_gradients(number, optimizer)
+            if gradients == "after_clipping" or (gradients and not self._measurement.has_gradients(number)):
+                self._measurement.read_gradients(number, optimizer)
 
-    def _read_groups(self, reading: Reading, number: int, optimizers: Sequence[Optimizer]) -> None:
+    def take_loss(self, loss: Tensor | None, batches: int = 1) -> None:
+        """Take the loss of the step's last batch, as far as alarms need it.
+
+        Args:
+            loss: The loss.
+            batches: Over how many batches gradients accumulated, each with its part of the loss.
+        """
+        alarms = self._options.alarms
+        if loss is not None and alarms is not None and alarms.penalty is not None and self._measurement is not None:
+            self._measurement.read_loss(loss * batches)
+
+    def observe(self) -> Observed:
+        """Compare with the weights after the step, fetch everything, and say what is to be logged."""
+        assert self._measurement is not None
+        label = self._measurement.step
+        self._measurement.read_moves()
+        step = self._fetch(self._initial)
+        found = logged(step, self._wanted)
+        histograms = {key: value for key, value in found.items() if isinstance(value, Histogram)}
+        metrics = {key: value for key, value in found.items() if key not in histograms}
+        raised = self._new_alarms(step, metrics["l2_penalty/total"])
+        self.end()
+        return Observed(label, metrics, histograms, raised)
+
+    def peek(self) -> dict[str, float]:
+        """Return the totals that are known while a step is under way, which goes on."""
+        found = logged(self._fetch(dict(self._initial)), self._wanted)
+        return {key: value for key, value in found.items() if key.endswith("/total")}
+
+    def end(self) -> None:
+        """Leave the step, measured or not."""
+        self._measurement = None
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _fetch(self, initial: dict[str, float]) -> Step:
+        assert self._measurement is not None
+        step = self._measurement.fetch()
+        if self._options.keeps_initial:
+            names = step.watched.names
+            weights = step.values[WEIGHTS]
+            step.values[START] = {i: initial.setdefault(names[i], square) for i, square in weights.items()}
+        return step
+
+    def _new_alarms(self, step: Step, penalty: float) -> list[Alarm]:
+        if self._options.alarms is None:
+            return []
+        norms, first = (_roots(step.layers(one)) if step.has([one]) else {} for one in (WEIGHTS, START))
+        found = self._options.alarms.check(norms, self._previous, first, penalty, step.loss)
+        new = [alarm for alarm in found if (alarm.kind, alarm.layer) not in self._raised]
+        self._raised.update((alarm.kind, alarm.layer) for alarm in new)
+        self._previous = norms
+        return new
+
+    def _read_groups(self, measurement: Measurement, number: int) -> None:
         """Read an optimizer's groups, or those of all where some were added or split since the step began."""
-        groups = signature((), optimizers)
+        groups = signature((), self._optimizers)
         if groups == self._groups:
-            reading.read_groups(number, optimizers[number])
+            measurement.read_groups(number, self._optimizers[number])
             return
-        options, self._groups = self._options, groups
-        watched = regroup(reading.watched, optimizers, per=options.per, depth=options.depth, include=options.include)
-        reading.regroup(watched, optimizers)
+        self._groups = groups
+        watched = regroup(measurement.watched, self._optimizers, **self._rolling())
+        measurement.regroup(watched, self._optimizers)
 
     def _watch(self, model: nn.Module, optimizers: Sequence[Optimizer], root: nn.Module | None) -> Watched:
         """Return what to watch, looked up again only if parameters or groups have changed: it takes a millisecond."""
         show_shards(model if root is None else root)
         if self._watched is None or self._signature != signature(self._parameters, optimizers):
-            options = self._options
             self._parameters = list(model.parameters())
             self._signature = signature(self._parameters, optimizers)
-            self._watched = watch(
-                model, optimizers, per=options.per, depth=options.depth, include=options.include, root=root
-            )
+            self._watched = watch(model, optimizers, root=root, **self._rolling())
         return self._watched
+
+    def _rolling(self) -> dict[str, Any]:
+        options = self._options
+        return {"per": options.per, "depth": options.depth, "include": options.include, "holders": self._holders}
 
 
 class _ReadingHook(StepHook):
@@ -160,3 +216,7 @@ class _ReadingHook(StepHook):
 
     def after_update(self) -> None:
         self._tracker.after_update(self._number, self.optimizer)
+
+
+def _roots(squares: Mapping[str, float]) -> dict[str, float]:
+    return {name: math.sqrt(square) for name, square in squares.items()}

@@ -31,8 +31,8 @@ def local_inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Ten
     """
     pairs = list(zip(map(plain_part, left), map(plain_part, right), strict=True))
     together: dict[Hashable, list[int]] = {}
-    for index, (a, _) in enumerate(pairs):
-        together.setdefault((a.dtype, a.device, a.shape) if a.numel() <= SMALL else index, []).append(index)
+    for index, (a, b) in enumerate(pairs):
+        together.setdefault((a.dtype, b.dtype, a.device, a.shape) if a.numel() <= SMALL else index, []).append(index)
     products = []
     for indices in together.values():
         lefts, rights = zip(*(pairs[index] for index in indices), strict=True)

@@ -48,7 +48,15 @@ class Bases(Protocol):
 
 
 class Acting(Protocol):
-    """A way in which decay acts."""
+    """A way in which decay acts.
+
+    Attributes:
+        apply: As of `attach_decay`.
+        peak_lr: As of `attach_decay`.
+    """
+
+    apply: str
+    peak_lr: Any
 
     @property
     def rounds_away(self) -> bool:

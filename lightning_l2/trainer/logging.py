@@ -35,11 +35,16 @@ def log_metrics(
     metrics: Mapping[str, float],
     monitor: Mapping[str, float] | None = None,
     step: int | None = None,
+    prog_bar: Mapping[str, float] | None = None,
 ) -> None:
-    """Send metrics to every logger in one call each, and those to `monitor` to `trainer.callback_metrics`.
+    """Send metrics to every logger in one call each, those to `monitor` to `trainer.callback_metrics`.
+
+    Those of `prog_bar` go where Lightning's progress bars look for what `self.log(..., prog_bar=True)` gave them.
 
     `LightningModule.log_dict` of 200 keys costs more than a small training step, a logger's own call next to nothing.
     """
     for logger in trainer.loggers if metrics else ():
         logger.log_metrics(metrics=dict(metrics), step=log_step(trainer) if step is None else step)
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in (monitor or {}).items()})
+    if prog_bar:
+        trainer.progress_bar_metrics.update(prog_bar)

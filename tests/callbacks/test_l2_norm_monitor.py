@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -29,6 +29,8 @@ from tests.helpers import Net, ValidatedNet, data, fp16, make_trainer
 
 EVERYTHING: dict[str, Any] = {
     "per": "parameter",
+    "rms": True,
+    "prog_bar": True,
     "gradients": True,
     "updates": True,
     "rotation": True,
@@ -127,7 +129,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("make", [momentum_sgd, adamw])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_every_quantity(make: Any, accumulate: int) -> None:
-    monitor = L2NormMonitor(gradients=True, updates=True, rotation=True, initial_ratio=True)
+    monitor = L2NormMonitor(rms=True, gradients=True, updates=True, rotation=True, initial_ratio=True)
     rows, saved, _ = fit(monitor, Net(make), accumulate_grad_batches=accumulate)
     assert len(rows.rows) == math.ceil(8 / accumulate)
     assert rows.calls == len(rows.rows)
@@ -136,6 +138,8 @@ def test_every_quantity(make: Any, accumulate: int) -> None:
             before, after = vector(saved.before[step], names), vector(saved.after[step], names)
             expected = {
                 "l2_norm": before.norm(),
+                "l2_rms": before.square().mean().sqrt(),
+                "update_rms": (after - before).square().mean().sqrt(),
                 "grad_norm": vector(saved.gradients[step], names).norm(),
                 "update_norm": (after - before).norm(),
                 "update_ratio": (after - before).norm() / before.norm(),
@@ -246,6 +250,32 @@ def test_manual_optimization_with_two_optimizers_and_a_raw_step(gradients: Any) 
         assert row["update_norm/head"] == pytest.approx(moved.norm().item(), rel=1e-6, abs=1e-12)
 
 
+def test_a_module_that_steps_once_its_batch_has_ended() -> None:
+    """Its own hook runs after those of callbacks; the last step is logged at the epoch's end."""
+
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.optimizers().step()
+
+    model = Late()
+    rows, saved, _ = fit(L2NormMonitor(updates=True), model, max_epochs=2)
+    saved.before[16] = saved.weights(model)
+    assert sorted(rows.rows) == list(range(16))
+    assert rows.calls == 16
+    for step, row in rows.rows.items():
+        moved = vector(saved.before[step + 1]) - vector(saved.before[step])
+        assert row["update_norm/total"] == pytest.approx(moved.norm().item(), rel=1e-5)
+        assert row["l2_norm/total"] == pytest.approx(vector(saved.before[step]).norm().item(), rel=1e-6)
+
+
 def test_lbfgs() -> None:
     make = lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=4)  # noqa: E731
     rows, saved, _ = fit(L2NormMonitor(gradients=True, updates=True), Net(make))
@@ -341,10 +371,83 @@ def test_complex_weights() -> None:
 
     model, logger = Complex(), TakesHistograms()
     norm = model.mixing.detach().abs().square().sum().sqrt().item()
+    largest = torch.linalg.svdvals(model.mixing.detach())[0].item()
     make_trainer([L2NormMonitor(**EVERYTHING)], logger=logger, log_every_n_steps=1).fit(model, data())
     assert logger.rows[0]["l2_norm/mixing"] == pytest.approx(norm)
+    assert logger.rows[0]["l2_rms/mixing"] == pytest.approx(norm / 4)
+    assert logger.rows[0]["spectral_norm/mixing"] == pytest.approx(largest, rel=1e-5)
     assert logger.rows[0]["weights/mixing"] == 32
-    assert "spectral_norm/mixing" not in logger.rows[0]
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_totals_in_the_progress_bar(logger: bool) -> None:
+    """As of the last logged step, in the bar's own text, whether anything else is logged or not."""
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            text = trainer.progress_bar_callback.train_progress_bar.postfix or ""
+            found = dict(part.split("=") for part in text.split(", ")) if text else {}
+            shown[trainer.global_step] = {key: float(value) for key, value in found.items() if key != "v_num"}
+
+    shown: dict[int, dict[str, float]] = {}
+    rows, saved = Rows() if logger else False, Saved()
+    bar = TQDMProgressBar(refresh_rate=1)
+    options = {"enable_progress_bar": True, "logger": rows, "max_epochs": 1}
+    make_trainer([saved, Look(), bar, L2NormMonitor(every_n_steps=3, prog_bar=True)], **options).fit(Net(), data())
+    # the bar is drawn before the last step is measured, where the user's own bar stands before the monitor
+    logged_at = {step: max((n for n in (0, 2, 5) if n + 1 < step), default=None) for step in shown}
+    for step, found in shown.items():
+        expected = {}
+        if (logged := logged_at[step]) is not None:
+            before = vector(saved.before[logged])
+            expected = {"l2_norm/total": before.norm().item(), "l2_penalty/total": 0.05 * before.square().sum().item()}
+        assert found == pytest.approx(expected, rel=5e-3), step
+    trainer = make_trainer([L2NormMonitor(every_n_steps=1)])
+    trainer.fit(Net(), data())
+    assert not any("l2_" in key for key in trainer.progress_bar_metrics)
+
+
+def test_what_no_optimizer_has_counts_in_no_total() -> None:
+    class Averaged(Net):
+        """Its moving average has gradients turned on, as `copy.deepcopy` leaves it; the head comes in late."""
+
+        def __init__(self) -> None:
+            super().__init__(grouped=lambda module: module.body.parameters())
+            self.average = copy.deepcopy(self.body)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                self.trainer.optimizers[0].add_param_group({"params": list(self.head.parameters())})
+
+    everything = L2NormMonitor(gradients=True, updates=True, rotation=True, rms=True)
+    rows, saved, _ = fit(everything, Averaged())
+    body = LAYERS["body.0"] + LAYERS["body.1"]
+    for step, row in rows.rows.items():
+        held = vector(saved.before[step], body if step < 4 else LAYERS["total"])
+        assert row["l2_norm/total"] == pytest.approx(held.norm().item(), rel=1e-6), step
+        assert row["l2_rms/total"] == pytest.approx(held.square().mean().sqrt().item(), rel=1e-6)
+        average = vector(saved.before[step], ["average.0.weight", "average.0.bias"])
+        assert row["l2_norm/average.0"] == pytest.approx(average.norm().item(), rel=1e-6)
+        assert row["l2_norm/head"] == pytest.approx(vector(saved.before[step], LAYERS["head"]).norm().item())
+
+
+@pytest.mark.filterwarnings("ignore:At step .* the L2 norm of")
+def test_a_float64_training_that_diverges_goes_on() -> None:
+    class Diverging(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda params: torch.optim.SGD(params, lr=1e60))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.head.weight.square().sum() + 1e-30 * self.body[0].weight.square().sum()
+
+    options = {**EVERYTHING, "alarms": NormAlarms(growth=2.0)}
+    rows, saved, _ = fit(L2NormMonitor(**options), Diverging(), precision="64-true")
+    assert len(rows.rows) == 8
+    norms = [row["l2_norm/head.weight"] for row in rows.rows.values()]
+    assert norms[:3] == pytest.approx([saved.before[step]["head.weight"].norm().item() for step in range(3)], rel=1e-6)
+    assert not math.isfinite(norms[-1])
+    # each step is 1e60 times as long as the weights
+    assert all(math.isnan(row["angular_update/head.weight"]) for row in rows.rows.values())
 
 
 def test_loggers_without_histograms_get_none() -> None:
@@ -393,28 +496,6 @@ def test_layers(options: dict[str, Any], expected: set[str]) -> None:
     if "encoder" in expected:
         parts = [name for name in saved.before[1] if name.startswith("encoder.")]
         assert rows.rows[1]["l2_norm/encoder"] == pytest.approx(vector(saved.before[1], parts).norm().item(), rel=1e-6)
-
-
-def test_top_k() -> None:
-    class Moving(Net):
-        """Only gamma moves, and the head is largest."""
-
-        def __init__(self) -> None:
-            super().__init__(lambda params: torch.optim.SGD(params, lr=0.1))
-            nn.init.constant_(self.head.weight, 10.0)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.body[1].weight.square().sum()
-
-    rows, _, _ = fit(L2NormMonitor(per="parameter", top_k=1, updates=True), Moving())
-    assert all(labels(row) == labels(row, "update_norm") == {"head.weight"} for row in rows.rows.values())
-    logger = TakesHistograms()
-    fit(L2NormMonitor(per="parameter", top_k=1, spectra=1, histograms=1), Moving(), logger=logger)
-    assert all(
-        labels(row, "weights") == labels(row, "spectral_norm") == {"head.weight"} for row in logger.rows.values()
-    )
-    rows, _, _ = fit(L2NormMonitor(per="parameter", top_k=1, top_k_by="change"), Moving())
-    assert all(labels(rows.rows[step]) == {"body.1.weight"} for step in range(1, 8))
 
 
 def test_frozen_parameters_are_left_out_until_they_are_unfrozen() -> None:
@@ -787,9 +868,7 @@ MISUSES: dict[str, tuple[dict[str, Any], str]] = {
         {"every_n_steps": True},
         "L2NormMonitor needs `every_n_steps` to be int | None, but got True of type bool.",
     ),
-    "top_k": ({"top_k": -1}, "Expected `top_k` to be an integer of at least 1 or None, got -1"),
     "spectra": ({"spectra": 0.5}, "L2NormMonitor needs `spectra` to be int | None, but got 0.5 of type float."),
-    "top_k_by": ({"top_k_by": "size"}, "Expected `top_k_by` to be one of 'norm', 'change', got 'size'"),
     "gradients": (
         {"gradients": "clipped"},
         "Expected `gradients` to be one of True, False, 'before_clipping', 'after_",
@@ -848,7 +927,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LightningCLI]
 def test_from_yaml(tmp_path: Path, command_line: Callable[..., LightningCLI]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(YAML)
-    callbacks: list[Any] = command_line("--config", str(config), "--trainer.callbacks.top_k=4").trainer.callbacks
+    callbacks: list[Any] = command_line("--config", str(config), "--trainer.callbacks.rms=true").trainer.callbacks
     first, second, third = [callback for callback in callbacks if isinstance(callback, L2NormMonitor)]
     assert vars(first.options) == vars(
         NormOptions(
@@ -862,7 +941,7 @@ def test_from_yaml(tmp_path: Path, command_line: Callable[..., LightningCLI]) ->
         )
     )
     assert vars(second.options) == vars(NormOptions(gradients=True, alarms=None))
-    assert vars(third.options) == vars(L2NormMonitor(top_k=4).options)
+    assert vars(third.options) == vars(L2NormMonitor(rms=True).options)
     assert third.options.alarms == NormAlarms()
 
 

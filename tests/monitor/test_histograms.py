@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_l2.monitor.histograms import BINS, Histogram, count, histogram
+from lightning_l2.monitor.histograms import BINS, Histogram, count, count_weights, histogram
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -29,3 +29,9 @@ def test_constant_and_strided_weights() -> None:
 
 def test_edges() -> None:
     assert Histogram(-1.0, 1.0, (1.0,) * 4).edges == [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def test_parts_of_complex_weights_and_none_of_empty_ones() -> None:
+    assert count_weights(torch.zeros(0, 3)) is None
+    found = histogram(count_weights(torch.tensor([1 + 3j, 2 + 5j])).tolist())
+    assert (found.lowest, found.highest, sum(found.counts)) == (1.0, 5.0, 4)

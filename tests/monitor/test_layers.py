@@ -25,11 +25,20 @@ def test_parameters_that_are_not_the_models_count_under_their_group() -> None:
     assert watched.members == ((0, 1, 2),)
 
 
-def test_parameters_without_an_optimizer_count_in_norms_only() -> None:
+def test_parameters_without_an_optimizer_count_in_no_total() -> None:
     model = nn.Linear(1, 1)
-    watched = watch(model, [torch.optim.SGD([model.weight], lr=0.1)], per="group")
-    assert watched.layers == ("group0", None)
-    assert watched.by_layer({0: 1.0, 1: 2.0}) == {"group0": 1.0, "total": 3.0}
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    assert watch(model, [optimizer], per="group").layers == ("group0", None)
+    assert watch(model, [optimizer], per="group").by_layer({0: 1.0, 1: 2.0}) == {"group0": 1.0, "total": 1.0}
+    assert watch(model, [optimizer], per="parameter").by_layer({0: 1.0, 1: 2.0}) == {
+        "weight": 1.0,
+        "bias": 2.0,
+        "total": 1.0,
+    }
+    assert watch(model, []).by_layer({0: 1.0, 1: 2.0})["total"] == 3.0
+    # as ZeroRedundancyOptimizer, whose inner optimizer has this process's share only
+    around = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert watch(model, [optimizer], holders=[around]).by_layer({0: 1.0, 1: 2.0})["total"] == 3.0
 
 
 def test_lazy_parameters_are_left_out_until_they_have_shapes() -> None:

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from lightning_l2.monitor.spectra import as_matrix, bidiagonal, extreme_singular_values
+from lightning_l2.monitor.spectra import as_matrix, bidiagonal, extreme_singular_values, reduced
 
 SHAPES = [(2, 2), (5, 20), (20, 5), (32, 32), (31, 200), (70, 200), (200, 70), (256, 1024)]
 
 
 def extremes(matrix: torch.Tensor) -> tuple[float, float]:
-    return extreme_singular_values(bidiagonal(matrix).tolist())
+    return extreme_singular_values(bidiagonal(matrix).flatten().tolist())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -25,6 +25,26 @@ def test_random_matrices(shape: tuple[int, int], dtype: torch.dtype) -> None:
         assert smallest == pytest.approx(values[-1].item(), rel=1e-3)
     else:
         assert values[-1].item() * 0.9999 <= smallest <= values[-1].item() * 1.05
+
+
+@pytest.mark.parametrize("shape", [(5, 20), (32, 32), (200, 70)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+def test_complex_matrices(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, dtype=dtype)
+    values = torch.linalg.svdvals(matrix.to(torch.complex128))
+    assert abs(torch.linalg.svdvals(matrix.real.double())[0].item() / values[0].item() - 1) > 0.1
+    for layout in (matrix, matrix.conj(), matrix.t()):
+        largest, smallest = extremes(layout)
+        assert largest == pytest.approx(values[0].item(), rel=1e-5)
+        if min(shape) <= 32:
+            assert smallest == pytest.approx(values[-1].item(), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_complex_halves() -> None:
+    matrix = torch.randn(6, 4, dtype=torch.complex64).to(torch.complex32)
+    values = torch.linalg.svdvals(matrix.to(torch.complex128))
+    assert extremes(matrix) == pytest.approx((values[0].item(), values[-1].item()), rel=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
@@ -61,7 +81,7 @@ def test_kernels_as_matrices(shape: tuple[int, ...]) -> None:
 
 def test_what_is_no_matrix() -> None:
     for shape in ((), (4,), (4, 1), (1, 4), (0, 4)):
-        assert as_matrix(torch.zeros(shape)) is None
+        assert as_matrix(torch.zeros(shape)) is reduced(torch.zeros(shape)) is None
 
 
 def test_random_state_is_left_alone() -> None:

@@ -62,27 +62,42 @@ def of_fsdp2():
     return *measure([*model.parameters(), *(p.grad for p in model.parameters())])[:1], expected, 1
 
 
+OPTIONS = {"rms": True, "gradients": True, "updates": True, "rotation": True, "initial_ratio": True}
+
+
 def track(model, root=None):
     """Three steps of SGD, all that the tracker says of the last, and the collectives of its fetch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.2)
-    tracker = NormTracker(NormOptions(per="total", gradients=True, updates=True, rotation=True, initial_ratio=True), {})
+    tracker = NormTracker(NormOptions(per="total", **OPTIONS), {})
     with torch.no_grad():  # as a validation does, after which FSDP2's outermost module keeps whole parameters
         (root or model)(torch.ones(2, 7))
     for step in range(3):
         tracker.begin(step, model, [optimizer], root, step)
         optimizer.zero_grad()
+        before = flat(model)
         (root or model)(torch.full((2, 7), 0.1 * step)).square().sum().backward()
         tracker.before_clipping(0, optimizer)
         optimizer.step()
         with CommDebugMode() as communication:
             metrics = tracker.observe().metrics
-    return metrics, communication.get_total_counts()
+    return metrics, communication.get_total_counts(), (before, flat(model))
+
+
+def flat(model):
+    return torch.cat(
+        [p.detach().double().flatten() for p in model.parameters() if not isinstance(p, DTensor)] or [torch.ones(1)]
+    )
 
 
 def tracked():
     """The same by one process, DDP, FSDP1 and FSDP2."""
-    single, _ = track(net())
-    found = {}
+    single, count, (before, after) = track(net())
+    closed = {
+        "l2_rms/total": before.square().mean().sqrt().item(),
+        "update_rms/total": (after - before).square().mean().sqrt().item(),
+        "l2_norm/total": before.norm().item(),
+    }
+    found = {"tracked": ([single[key] for key in closed], list(closed.values()), count + 1)}
     sharded, mesh = net(), init_device_mesh("cpu", (2,))
     for module in (sharded[0], sharded):
         fully_shard(module, mesh=mesh)
@@ -93,7 +108,7 @@ def tracked():
         ("fsdp1", flat.module, flat),
         ("ddp", replicated.module, replicated),
     ):
-        metrics, count = track(model, root)
+        metrics, count, _ = track(model, root)
         assert metrics.keys() == single.keys(), (metrics.keys(), single.keys())
         found[f"tracked {name}"] = list(metrics.values()), list(single.values()), count + (name == "ddp")
     return found
