@@ -41,8 +41,6 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "monitor.quantities",
     "monitor.report",
     "monitor.tracker",
-    "norms.inner_products",
-    "norms.layout",
     "plots.curves",
     "plots.heatmap",
     "plots.histograms",

@@ -69,10 +69,11 @@ def plain_part(tensor: Tensor) -> Tensor:
     """
     if is_lazy(tensor):
         return torch.empty(0, device="meta")
-    for kind, way_out in (("quantized", "`dequantize()`"), ("nested", "`unbind()`"), ("mkldnn", "`to_dense()`")):
+    for kind, way_out in (("quantized", "dequantize"), ("nested", "unbind"), ("mkldnn", "to_dense")):
         if getattr(tensor, f"is_{kind}"):
             raise TypeError(
-                f"Expected `tensors` to be dense or sparse, got a {kind} one. Leave it out, or {way_out} it."
+                f"Expected `tensors` to be dense or sparse, got a tensor that is {kind}. Leave it out, or measure what "
+                f"its `{way_out}()` returns."
             )
     tensor = local_part(tensor)
     if tensor.layout is not torch.strided:
