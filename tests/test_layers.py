@@ -35,8 +35,6 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "decay.arithmetic",
     "decay.penalty",
     "extras",
-    "norms.inner_products",
-    "norms.layout",
     "plots.curves",
     "plots.heatmap",
     "plots.histograms",

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_l2.norms.layout import at_least_fp32, wide_dtype
-from lightning_l2.norms.squared import ROW, squared_norms
+from lightning_l2.norms.plan import ROW
+from lightning_l2.norms.squared import squared_norms
 from lightning_l2.sharding import groups_within_rows, local_part, sum_over_shards, whole_rows
 
 if TYPE_CHECKING:

@@ -28,16 +28,29 @@ def memory_order(tensor: Tensor) -> Tensor | None:
     return tensor.view(-1) if tensor.is_contiguous() else None
 
 
-def blocks(tensor: Tensor) -> Iterator[Tensor]:
+def block_size(tensor: Tensor) -> int:
+    """Return how many elements of a tensor are worked on at a time.
+
+    >>> block_size(torch.zeros(3))
+    262144
+    """
+    return BLOCK if tensor.is_cpu else 64 * BLOCK
+
+
+def blocks(tensor: Tensor, dense: int = 1) -> Iterator[Tensor]:
     """Cut a tensor of any layout into views of a size that is worked on in cache (of 64 times that on a GPU).
+
+    Args:
+        tensor: A plain tensor.
+        dense: How many times larger the views may be where memory has no gaps.
 
     >>> [block.shape for block in blocks(torch.zeros(1000, 1000)[:, ::2])]
     [torch.Size([500, 500]), torch.Size([500, 500])]
     """
-    size = BLOCK if tensor.is_cpu else 64 * BLOCK
+    size = block_size(tensor)
     flat = memory_order(tensor)
     if flat is not None:
-        yield from torch.split(flat, size)
+        yield from torch.split(flat, dense * size)
     elif tensor.numel() <= size:
         yield tensor
     else:
@@ -48,11 +61,20 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
 def plain_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of any kind of tensor as a plain, real one; without data (lazy) on `meta`.
 
+    Raises:
+        TypeError: If the tensor is quantized, nested or one of MKL-DNN, which have no elements that can be read.
+
     >>> plain_part(torch.tensor([3 + 4j]))
     tensor([[3., 4.]])
     """
     if is_lazy(tensor):
         return torch.empty(0, device="meta")
+    for kind, way_out in (("quantized", "dequantize"), ("nested", "unbind"), ("mkldnn", "to_dense")):
+        if getattr(tensor, f"is_{kind}"):
+            raise TypeError(
+                f"Expected `tensors` to be dense or sparse, got a tensor that is {kind}. Leave it out, or measure what "
+                f"its `{way_out}()` returns."
+            )
     tensor = local_part(tensor)
     if tensor.layout is not torch.strided:
         tensor = (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()
@@ -77,8 +99,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def in_order(numbers: list[Tensor], order: list[int]) -> Tensor:
-    """Bring numbers together on one device, the one at place i to place `order[i]`.
+def in_order(numbers: list[Tensor], order: list[int] | None) -> Tensor:
+    """Bring numbers together on one device, the one at place i to place `order[i]`, or as they come.
 
     >>> in_order([torch.ones(2), torch.zeros(1)], [0, 2, 1])
     tensor([1., 0., 1.], dtype=torch.float64)
@@ -90,7 +112,7 @@ def in_order(numbers: list[Tensor], order: list[int]) -> Tensor:
     # non_blocking: a waiting copy to an accelerator would stall the host, and none goes from it to the host
     moved = [values.to(device, wide_dtype(device), non_blocking=True) for values in numbers]
     together = moved[0] if len(moved) == 1 else torch.cat(moved)
-    if order == list(range(len(order))):
+    if order is None:
         return together
     places = torch.tensor(order).to(device, non_blocking=True)
     return torch.empty_like(together).index_copy_(0, places, together)

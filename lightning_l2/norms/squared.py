@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_l2.norms.layout import at_least_fp32, blocks, in_order, memory_order, plain_part, wide_dtype
-from lightning_l2.sharding import is_zero3, sum_over_shards
+from lightning_l2.norms.layout import at_least_fp32, block_size, blocks, in_order, memory_order, plain_part, wide_dtype
+from lightning_l2.norms.plan import ROW, Group, kinds, plan
+from lightning_l2.sharding import sum_over_shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# A sum of fp32 squares drifts with its length: on a CPU, rows of 4096 equal elements are off by up to 3.8e-6, rows of
-# 512 by 5.3e-7 at the same speed. The squares of the row norms are summed in float64.
-ROW = 512
-CELL, SMALLEST_CELL = 64, 8  # most and fewest elements in a row of small tensors; long rows are faster
-SMALL = 8_192  # elements up to which a call costs more than a copy, so that tensors share calls
-PACK = 32_768  # elements that small tensors are copied by: more would need two threads, and leave a core's cache
+# Mean square below which those of some elements may have lost digits of fp32, or are flushed to 0.
+SMALLEST_SQUARE = 1e-32
 
-_FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_USUAL = frozenset((Tensor, nn.Parameter))
 _vector_norm = torch.linalg.vector_norm
-# No public function of torch views and joins many tensors by one call.
-_flatten: Callable[[list[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
 
 
 @torch.no_grad()
@@ -52,18 +43,23 @@ def l2_norms(named_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def squared_norms(tensors: Sequence[Tensor], shards: Sequence[ProcessGroup | None] | None = None) -> Tensor:
     r"""Compute the sum of squares of each tensor, $\sum_i w_i^2$, with one collective for all sharded ones.
 
-    The relative error is below 1e-6 from 1 to 67 million elements in fp32, bf16 and fp16. Squares of fp32 elements
-    beyond 1.8e19 overflow, and below 1e-19 they lose digits, to 0 from 1e-23 on. No temporary exceeds 1 MiB on a CPU.
+    The relative error of the norm is below 1e-6 for any elements in fp32, bf16 and fp16, on a CPU up to the ends of
+    their range: what leaves that of fp32 squares is measured again in float64. On an accelerator, where asking would
+    wait for it, squares of elements beyond 1.8e19 are infinite, and elements below 1e-19 lose digits, to 0 from 1e-23
+    on. So do, everywhere, elements of float64 beyond 1.3e154 and below 1e-154. No temporary exceeds 2 MiB on a CPU.
 
     Args:
-        tensors: Tensors of any shape, dtype, memory layout and device. A DTensor counts as the whole tensor that it is
-            a part of, an empty tensor gives 0, one without data (meta, a lazy parameter) NaN.
+        tensors: Tensors of any shape, dtype, memory layout and device, sparse ones included. A DTensor counts as the
+            whole tensor that it is a part of, an empty tensor gives 0, one without data (meta, a lazy parameter) NaN.
         shards: For plain tensors that are parts of larger ones, as FSDP1's are with `use_orig_params=True`, the
             process group they are spread over (see `sharding.flat_shards`), else None; one an entry of `tensors`.
 
     Returns:
         Shape `(len(tensors),)`, float64 (float32 on devices without it), on the first accelerator among the tensors'
         devices. Nothing is copied to the host.
+
+    Raises:
+        TypeError: If a tensor is quantized, nested or one of MKL-DNN.
 
     >>> squared_norms([torch.ones(8, 8), torch.tensor([3.0, 4.0], dtype=torch.bfloat16)])
     tensor([64., 25.], dtype=torch.float64)
@@ -82,125 +78,109 @@ def local_squared_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _measured(tensors: Sequence[Tensor], plain: bool = False) -> Tensor:
-    together: dict[tuple[Callable[[list[Tensor]], Tensor], Hashable], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        together.setdefault(_way(tensor, plain), []).append(index)
-    squares = [measure([tensors[index] for index in indices]) for (measure, _), indices in together.items()]
-    return in_order(squares, [index for indices in together.values() for index in indices])
+    try:
+        groups, order = plan(kinds(tensors, plain))
+    except RuntimeError:  # a nested tensor has no shape to tell
+        for tensor in tensors:
+            plain_part(tensor)
+        raise
+    return in_order([_of_group(group, [tensors[index] for index in group.indices]) for group in groups], order)
 
 
-def _way(tensor: Tensor, plain: bool) -> tuple[Callable[[list[Tensor]], Tensor], Hashable]:
-    """Choose how to measure a tensor; tensors for which the answer is the same are measured together.
-
-    Args:
-        tensor: Any tensor.
-        plain: Whether it is known to be plain, whatever its class.
-    """
-    dtype = tensor.dtype
-    usual = type(tensor) in _USUAL and dtype in _FLOATS and tensor.layout is torch.strided
-    if not plain and (not usual or is_zero3(tensor)):
-        return _unusual, None
-    size = tensor.numel()
-    if tensor.is_cpu and size <= SMALL:
-        return _packed, dtype
-    if tensor.is_meta:
-        return _unknown, None
-    if size == 0:
-        return _nothing, tensor.device
-    if not tensor.is_cpu:
-        return _by_foreach, (dtype, tensor.device)
-    if dtype in (torch.bfloat16, torch.float16) or not (tensor.is_contiguous() or memory_order(tensor) is not None):
-        return _through_buffer, dtype
-    return _in_rows, dtype
+def _of_group(group: Group, tensors: list[Tensor]) -> Tensor:
+    match group.way:
+        case "packed":
+            return _seen_again(_packed(group, tensors), group, tensors)
+        case "in rows":
+            return _seen_again(_in_rows(group, tensors), group, tensors)
+        case "in blocks":
+            return _seen_again(torch.stack([_in_blocks(t, at_least_fp32(t)) for t in tensors]), group, tensors)
+        case "by foreach":
+            return _squares(torch.stack(torch._foreach_norm(tensors, 2.0, at_least_fp32(tensors[0]))))
+        case "empty":
+            return torch.zeros(len(tensors), device=tensors[0].device)
+        case "without data":
+            return torch.full((len(tensors),), torch.nan)
+        case "unusual":  # sharded, sparse, complex, lazy
+            return _measured([plain_part(tensor) for tensor in tensors], plain=True)
 
 
-def _unusual(tensors: list[Tensor]) -> Tensor:
-    """Measure what is sharded, sparse, complex, lazy, or of a dtype that norms are not made for."""
-    parts = [plain_part(tensor) for tensor in tensors]
-    floats = [index for index, part in enumerate(parts) if part.dtype in _FLOATS]
-    others = [index for index, part in enumerate(parts) if part.dtype not in _FLOATS]
-    squares = [_measured([parts[index] for index in floats], plain=True)] if floats else []
-    return in_order(squares + [_through_buffer([parts[index]]) for index in others], floats + others)
-
-
-def _unknown(tensors: list[Tensor]) -> Tensor:
-    return torch.full((len(tensors),), torch.nan)
-
-
-def _nothing(tensors: list[Tensor]) -> Tensor:
-    return torch.zeros(len(tensors), device=tensors[0].device)
-
-
-def _by_foreach(tensors: list[Tensor]) -> Tensor:
-    return _squares(torch.stack(torch._foreach_norm(tensors, 2.0, at_least_fp32(tensors[0]))))
-
-
-def _packed(tensors: list[Tensor]) -> Tensor:
+def _packed(group: Group, tensors: list[Tensor]) -> Tensor:
     """Measure small tensors copied one behind the other, by short rows (cells) that no two tensors share."""
-    sizes = [tensor.numel() for tensor in tensors]
-    ends = list(accumulate(sizes))
-    # a cell that divides all sizes needs no zeros between the tensors
-    cell = math.gcd(CELL, *sizes)
-    cell = cell if cell >= SMALLEST_CELL else CELL
-    zeros = torch.zeros(cell, dtype=tensors[0].dtype)
-    fillings = {rest: zeros[rest:] for rest in {size % cell for size in sizes} if rest}
-    norms, start = [], 0
-    while start < len(tensors):
-        stop = bisect(ends, ends[start] - sizes[start] + PACK)
-        flat = _flatten(_filled_up(tensors[start:stop], sizes[start:stop], cell, fillings))
-        norms.append(_vector_norm(flat.to(at_least_fp32(flat)).view(-1, cell), 2.0, 1))
-        start = stop
-    return _sums(torch.cat(norms), [-(-size // cell) for size in sizes])
+    first, tensors = tensors[0], list(tensors)
+    for place in group.flattened:
+        tensors[place] = tensors[place].reshape(-1)
+    dtype = at_least_fp32(first)
+    buffer = joined = torch.empty(max(rows for _, rows in group.packs), group.cell, dtype=first.dtype)
+    out = joined.view(-1, *group.shape)
+    norms = []
+    for pack, rows in group.packs:
+        if rows != len(joined):
+            joined = buffer[:rows]
+            out = joined.view(-1, *group.shape)
+        torch.cat(_filled(tensors[pack], group.filled[pack]), out=out)
+        norms.append(_vector_norm(joined, 2.0, 1, dtype=dtype))
+    return _sums(torch.cat(norms), group)
 
 
-def _filled_up(tensors: list[Tensor], sizes: list[int], cell: int, fillings: Mapping[int, Tensor]) -> list[Tensor]:
-    """Return tensors with the zeros between them that fill each up to whole cells."""
-    if not fillings:
+def _filled(tensors: list[Tensor], rests: Sequence[int]) -> list[Tensor]:
+    """Return tensors with so many zeros behind each."""
+    if not rests:
         return tensors
+    zeros = torch.zeros(max(rests), dtype=tensors[0].dtype)
+    fillings = {rest: zeros[:rest] for rest in set(rests)}
     # no empty ones, which would make joining five times slower
-    pairs = ((tensor, fillings.get(size % cell)) for tensor, size in zip(tensors, sizes, strict=True))
-    return [part for pair in pairs for part in pair if part is not None]
+    pairs = zip(tensors, rests, strict=True)
+    return [part for tensor, rest in pairs for part in ((tensor, fillings[rest]) if rest else (tensor,))]
 
 
-def _in_rows(tensors: list[Tensor]) -> Tensor:
-    """Measure dense tensors where they lie, in memory order, by rows of their own or of `ROW`."""
-    norms, rests = [], {}
-    for index, tensor in enumerate(tensors):
-        if not (tensor.ndim == 2 and CELL <= tensor.shape[1] <= ROW and tensor.is_contiguous()):
-            flat = memory_order(tensor)
-            assert flat is not None
-            rest = flat.numel() % ROW
-            if rest:
-                flat, rests[index] = torch.split(flat, [flat.numel() - rest, rest])
-            tensor = flat.view(-1, ROW)
-        norms.append(_vector_norm(tensor, 2.0, 1))
-    squares = _sums(torch.cat(norms), [of_rows.numel() for of_rows in norms])
-    return squares.index_add_(0, torch.tensor(list(rests)), _packed(list(rests.values()))) if rests else squares
+def _in_rows(group: Group, tensors: list[Tensor]) -> Tensor:
+    """Measure contiguous tensors where they lie."""
+    dtype = at_least_fp32(tensors[0])
+    return _sums(torch.cat([_vector_norm(t.view(-1, group.cell), 2.0, 1, dtype=dtype) for t in tensors]), group)
 
 
-def _sums(norms: Tensor, counts: list[int]) -> Tensor:
-    """Return the sums of the squares of so many norms each."""
-    sums: Tensor = torch.segment_reduce(_squares(norms), "sum", lengths=torch.tensor(counts))
+def _in_blocks(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Measure a tensor of any size and layout block by block, each in `dtype`."""
+    as_it_lies = tensor.dtype == dtype and memory_order(tensor) is not None
+    buffer = torch.empty(
+        0 if as_it_lies else min(tensor.numel(), block_size(tensor)), dtype=dtype, device=tensor.device
+    )
+    norms = []
+    for block in blocks(tensor, 16 if as_it_lies else 1):
+        flat = block if as_it_lies else _copied(block, buffer[: block.numel()])
+        whole = flat.numel() - flat.numel() % ROW
+        rows = _vector_norm(flat[:whole].view(-1, ROW), 2.0, 1)
+        rest = _vector_norm(flat[whole:], 2.0, 0, keepdim=True)
+        norms.append(_vector_norm(torch.cat([rows, rest]), dtype=wide_dtype(tensor.device)))
+    return torch.stack(norms).square_().sum()
+
+
+def _copied(block: Tensor, to: Tensor) -> Tensor:
+    to.view(block.shape).copy_(block)
+    return to
+
+
+def _sums(norms: Tensor, group: Group) -> Tensor:
+    """Return the sums of the squares of each tensor's row norms."""
+    squares = _squares(norms)
+    if isinstance(group.rows, int):
+        return squares if group.rows == 1 else squares.view(-1, group.rows).sum(1)
+    sums: Tensor = torch.segment_reduce(squares, "sum", lengths=torch.tensor(group.rows))
     return sums
-
-
-def _through_buffer(tensors: list[Tensor]) -> Tensor:
-    """Measure tensors block by block in one reused buffer of fp32 (fp64 for fp64)."""
-    size = max(block.numel() for tensor in tensors for block in blocks(tensor))
-    buffer = torch.empty(size + -size % ROW, dtype=at_least_fp32(tensors[0]), device=tensors[0].device)
-    norms = [[_row_norms(buffer, block) for block in blocks(tensor)] for tensor in tensors]
-    return torch.stack([_squares(torch.cat(of_tensor)).sum() for of_tensor in norms])
-
-
-def _row_norms(buffer: Tensor, block: Tensor) -> Tensor:
-    """Copy a block to the head of the buffer, with zeros behind it to whole rows, and return the norms of the rows."""
-    size = block.numel()
-    whole = size + -size % ROW
-    buffer[:size].view(block.shape).copy_(block)
-    buffer[size:whole].zero_()
-    norms: Tensor = _vector_norm(buffer[:whole].view(-1, ROW), 2.0, 1)
-    return norms
 
 
 def _squares(norms: Tensor) -> Tensor:
     return norms.to(wide_dtype(norms.device), copy=True).square_()
+
+
+def _seen_again(squares: Tensor, group: Group, tensors: list[Tensor]) -> Tensor:
+    """Measure again, in float64, tensors on the host whose squares left the range of fp32."""
+    if not squares.is_cpu or tensors[0].dtype == torch.float64 or type(squares) is not Tensor:  # it may be a fake one
+        return squares
+    floor = SMALLEST_SQUARE * group.most
+    low, high = map(float, torch.aminmax(squares))
+    if not (low > floor and high < math.inf):  # nor if they are NaN
+        for place in ((squares <= floor) | (squares == math.inf)).nonzero().view(-1).tolist():
+            squares[place] = _in_blocks(tensors[place], torch.float64)
+    return squares

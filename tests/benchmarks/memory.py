@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,3 +68,13 @@ def _memory(_: int, device: torch.device) -> None:
             case()
         rows += [[f"{str(dtype)[6:]}, {name}", f"{peak(case, device) / size:.3f}"] for name, case in cases.items()]
     table("Peak memory over that of the parameters (67 million)", ["what", "ratio"], rows)
+    rows = []
+    lists = {"one of 2e6 x 64": [(2_000_000, 64)], "one of 2^26": [(2**26,)], "100 x 2^20": [(1024, 1024)] * 100}
+    for name, shapes in lists.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = [torch.ones(shape, device=device, dtype=dtype) for shape in shapes]
+            squared_norms([tensors[0][:600].flatten()[:70_000]])  # code that is loaded once doesn't count
+            rows.append(
+                [f"{name}, {str(dtype)[6:]}", f"{peak(partial(squared_norms, tensors), device) / 2**20:.1f} MiB"]
+            )
+    table("Peak memory of norms beside their tensors", ["tensors", "peak"], rows)

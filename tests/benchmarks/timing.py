@@ -33,6 +33,19 @@ def interleaved(
     contenders: dict[str, Callable[[], object]], rounds: int = 15, device: torch.device | None = None
 ) -> dict[str, float]:
     """Return the best time of each contender in seconds."""
+    return {name: min(found) for name, found in _turns(contenders, rounds, device).items()}
+
+
+def medians(
+    contenders: dict[str, Callable[[], object]], rounds: int = 15, device: torch.device | None = None
+) -> dict[str, float]:
+    """Return the median time of each contender in seconds."""
+    return {name: statistics.median(found) for name, found in _turns(contenders, rounds, device).items()}
+
+
+def _turns(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device | None
+) -> dict[str, list[float]]:
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -42,7 +55,7 @@ def interleaved(
             run()
             wait(device)
             times[name].append(now() - start)
-    return {name: min(found) for name, found in times.items()}
+    return times
 
 
 def robust(times: Sequence[float]) -> float:
