@@ -109,7 +109,7 @@ def _groups(settings: Mapping[str, Any], trainer: Mapping[str, Any], absolute: b
         return {"strongest group": 1.0} if absolute else None
     rules = resolve_rules(_parse(Rules, decay["rules"]) if "rules" in decay else "default")
     groups = {rule.name: rule.resolve(base) for rule in rules} if decay else {"all parameters": base}
-    if any(getattr(rule, "layer_multiplier", getattr(rule, "layer_decay", None)) for rule in rules):
+    if any(rule.layer_multiplier for rule in rules):
         groups = _layers(settings, rules, base) or groups
     strongest = max(groups.values()) if absolute else 1.0
     return {name: value / strongest for name, value in groups.items()} if strongest else groups

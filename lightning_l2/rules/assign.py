@@ -210,9 +210,9 @@ def _choose(infos: list[ParameterInfo], rules: tuple[DecayRule, ...]) -> list[De
 
 
 def _expand_layers(infos: list[ParameterInfo], chosen: list[DecayRule]) -> list[DecayRule]:
-    """Replace each rule with a layer decay by one rule a layer."""
+    """Replace each rule with a layer multiplier by one rule a layer."""
     depths = [
-        _depth(info, rule) if rule.layer_decay is not None else 0 for info, rule in zip(infos, chosen, strict=True)
+        _depth(info, rule) if rule.layer_multiplier is not None else 0 for info, rule in zip(infos, chosen, strict=True)
     ]
     last: dict[str, int] = {}
     for rule, depth in zip(chosen, depths, strict=True):
@@ -225,14 +225,14 @@ def _expand_layers(infos: list[ParameterInfo], chosen: list[DecayRule]) -> list[
 
 
 def _of_layer(rule: DecayRule, depth: int, last: int) -> DecayRule:
-    if rule.layer_decay is None:
+    if rule.layer_multiplier is None:
         return rule
-    factor = rule.layer_decay ** (last - depth)
+    factor = rule.layer_multiplier ** (last - depth)
     name = f"{rule.name}_{depth}"
     if rule.weight_decay is not None:
-        return replace(rule, name=name, layer_decay=None, weight_decay=rule.weight_decay * factor)
+        return replace(rule, name=name, layer_multiplier=None, weight_decay=rule.weight_decay * factor)
     multiplier = 1.0 if rule.multiplier is None else rule.multiplier
-    return replace(rule, name=name, layer_decay=None, multiplier=multiplier * factor)
+    return replace(rule, name=name, layer_multiplier=None, multiplier=multiplier * factor)
 
 
 def _depth(info: ParameterInfo, rule: DecayRule) -> int:
@@ -241,8 +241,8 @@ def _depth(info: ParameterInfo, rule: DecayRule) -> int:
         if match is not None and (match[1] or "").isdecimal():
             return int(match[1])
     raise ValueError(
-        f"Rule {rule.name!r} has a layer_decay, so the first group of its pattern {rule.pattern!r} must be the layer's "
-        rf"number, as in 'layers\.(\d+)\.', but it is not for {info.name!r}."
+        f"Rule {rule.name!r} has a layer_multiplier, so the first group of its pattern {rule.pattern!r} must be the "
+        rf"layer's number, as in 'layers\.(\d+)\.', but it is not for {info.name!r}."
     )
 
 

@@ -40,8 +40,8 @@ class DecayRule:
         per_parameter: Make a group of each parameter, called `<name>/<parameter's name>`, as schedules need that give
             each matrix its own weight decay (`AlphaDecay`). A step takes longer with many groups: 3.4 times with 400
             small ones.
-        layer_decay: Ratio of the weight decays of two successive layers; the first group of `pattern` is the layer's
-            number, the last layer has the full weight decay, the one before `layer_decay` times that, and so on.
+        layer_multiplier: Ratio of the weight decays of two successive layers; the first group of `pattern` is the
+            layer's number, the last layer has the full weight decay, the one before `layer_multiplier` times that.
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -61,7 +61,7 @@ class DecayRule:
     before_norm: bool = field(default=False, kw_only=True)
     optional: bool = field(default=False, kw_only=True)
     per_parameter: bool = field(default=False, kw_only=True)
-    layer_decay: float | None = field(default=None, kw_only=True)
+    layer_multiplier: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the values and make `modules` a tuple, since YAML gives a list or one name."""
@@ -76,7 +76,7 @@ class DecayRule:
                 raise TypeError(f"Rule {self.name!r}: modules must be classes or names of classes, got {module!r}.")
         if self.max_ndim is not None and (type(self.max_ndim) is not int or self.max_ndim < 0):
             raise ValueError(f"Rule {self.name!r}: max_ndim must be an integer of at least 0, got {self.max_ndim!r}.")
-        for option in ("weight_decay", "multiplier", "layer_decay"):
+        for option in ("weight_decay", "multiplier", "layer_multiplier"):
             if (value := getattr(self, option)) is not None:
                 check_weight_decay(value, f"Rule {self.name!r}: {option}")
         if self.weight_decay is not None and self.multiplier is not None:
@@ -98,10 +98,10 @@ class DecayRule:
                 raise ValueError(
                     f"Rule {self.name!r}: pattern {self.pattern!r} is not a regular expression: {error}."
                 ) from error
-        if self.layer_decay is not None and not groups:
+        if self.layer_multiplier is not None and not groups:
             raise ValueError(
-                f"Rule {self.name!r} has layer_decay={self.layer_decay}, so its pattern must have a group that is the "
-                rf"layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
+                f"Rule {self.name!r} has layer_multiplier={self.layer_multiplier}, so its pattern must have a group that "
+                rf"is the layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
             )
 
     @property
