@@ -32,8 +32,9 @@ class DecayRule:
         max_ndim: Largest number of dimensions.
         weight_decay: Absolute weight decay, as of torch optimizers (gradient of `weight_decay / 2 * ||w||^2`).
         multiplier: Weight decay relative to the base value, dimensionless.
-        default_exemptions: Only parameters that the default rules exempt: 0-D and 1-D ones, biases, those of
-            normalisation layers, and those that the model declares (`no_weight_decay()`, `_no_weight_decay`).
+        default_exemptions: Only parameters that the default rules exempt: 0-D and 1-D ones, also behind dimensions of
+            size 1, biases, those of normalisation layers, and those that the model declares (`no_weight_decay()`,
+            `_no_weight_decay`).
         before_norm: Only parameters of layers directly followed by a normalisation layer, in the order in which their
             parent registers them.
         optional: Allow the rule to match nothing.
@@ -100,8 +101,8 @@ class DecayRule:
                 ) from error
         if self.layer_multiplier is not None and not groups:
             raise ValueError(
-                f"Rule {self.name!r} has layer_multiplier={self.layer_multiplier}, so its pattern must have a group that "
-                rf"is the layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
+                f"Rule {self.name!r} has layer_multiplier={self.layer_multiplier}, so its pattern must have a group "
+                rf"that is the layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
             )
 
     @property

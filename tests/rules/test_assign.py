@@ -101,6 +101,8 @@ WRONG_IN_TRANSFORMERS = {
     # vectors and scalars
     "clip": {"logit_scale", "class_embedding"},
     "gpt_oss": {"sinks"},
+    # the authors of ViT exempt it; it is a vector stored as (1, 1, C)
+    "vit": {"cls_token"},
     # a vector, and the gain of a weight norm
     "wav2vec2": {"masked_spec_embed", "original0"},
 }
