@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lightning_l2.rules.memberships import Membership
+
 # Names under which wrappers keep the wrapped module, and that are no name of a user's.
 _PRIVATE_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # `module` may be a user's own name, so it is skipped only below these classes.
@@ -74,6 +76,7 @@ class ParameterInfo:
         places: All its names and owners.
         exempt: Whether it is commonly not decayed: 0-D or 1-D, also behind dimensions of size 1, exempt at one of its
             places, or declared by the model.
+        member: The group that has it, where optimizers were asked for, in a description for each group.
     """
 
     name: str
@@ -81,6 +84,7 @@ class ParameterInfo:
     ndim: int
     places: tuple[Place, ...]
     exempt: bool
+    member: Membership | None = None
 
 
 class _Site(NamedTuple):
