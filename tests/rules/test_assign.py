@@ -379,7 +379,8 @@ def test_a_model_without_parameters():
             [{"name": "a", "patern": "b"}],
             TypeError,
             "A rule has no 'patern'. Did you mean 'pattern'? It takes name, pattern, modules, max_ndim, group, "
-            "optimizer, weight_decay, multiplier, default_exemptions, before_norm, optional, per_parameter, layer_multiplier.",
+            "optimizer, weight_decay, multiplier, default_exemptions, before_norm, optional, per_parameter, "
+            "layer_multiplier.",
         ),
     ],
 )  # fmt: skip
