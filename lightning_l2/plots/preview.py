@@ -111,8 +111,8 @@ def _groups(settings: Mapping[str, Any], trainer: Mapping[str, Any], absolute: b
     groups = {rule.name: rule.resolve(base) for rule in rules} if decay else {"all parameters": base}
     if any(rule.layer_multiplier for rule in rules):
         groups = _layers(settings, rules, base) or groups
-    strongest = max(groups.values()) if absolute else 1.0
-    return {name: value / strongest for name, value in groups.items()} if strongest else groups
+    anchor = float(base) if absolute else 1.0
+    return {name: value / anchor for name, value in groups.items()} if anchor else groups
 
 
 def _layers(settings: Mapping[str, Any], rules: Sequence[DecayRule], base: float) -> dict[str, float]:
