@@ -70,7 +70,8 @@ def check_base(groups: Sequence[DecayGroups], among: _Among, values: str, *, is_
         is_followed: Whether something else follows the schedule with a lambda of its own.
 
     Raises:
-        MisconfigurationException: If nobody can have meant that; a rule may say 0 on purpose, as in a sweep.
+        MisconfigurationException: If nobody can have meant that; the base may be 0 on purpose, as in a sweep, where
+            rules would let it decay.
     """
     which = "every parameter group" if among is None else f"every parameter group that {among.pattern!r} takes"
     if values == "weight_decay":
@@ -78,10 +79,12 @@ def check_base(groups: Sequence[DecayGroups], among: _Among, values: str, *, is_
             "WeightDecayScheduler(values='weight_decay') gives lambda in the place of the base, but the base weight "
             f"decay of {which} is 0. Give a base, such as WeightDecay(1.0), to say which groups decay."
         )
-    if not is_followed and not any(one.is_decided for one in groups):
+    rules = [group.decisions[0].rule for group in taken(groups, among) if group.decisions]
+    if not is_followed and not any(rule is not None and rule.resolve(1.0) for rule in rules):
+        way_out = "Give the optimizer a weight_decay, or add the callback WeightDecay(weight_decay=...)."
         raise MisconfigurationException(
             f"WeightDecayScheduler has nothing to schedule: the weight decay of {which} is 0. "
-            "Give the optimizer a weight_decay, or add the callback WeightDecay(weight_decay=...)."
+            + ("Rules exempt all of them." if rules else way_out)
         )
 
 

@@ -129,7 +129,10 @@ def lines(*patterns: str | None) -> list[WeightDecayScheduler]:
         ),
         (("hed",), r"groups='hed'\) takes no parameter group\. The groups are 'decay', 'no_decay', 'head'\."),
         (("^head$", "^$"), r"groups='\^\$'\) takes no parameter group"),
-        (("^no_decay$",), None),
+        (
+            ("^no_decay$",),
+            r"weight decay of every parameter group that '\^no_decay\$' takes is 0\. Rules exempt all of",
+        ),
         # it takes 'no_decay' too, which stays at 0 whoever takes it
         (("decay", "no_decay|head"), None),
     ],

@@ -92,6 +92,19 @@ def test_nothing_to_schedule(groups: Any, values: Any, message: str) -> None:
         assert scheduled.check(is_followed=True)
 
 
+def test_rules_that_exempt_everything_and_a_base_of_0() -> None:
+    """The one can't be meant, the other is a value of a sweep."""
+    layer = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.3)
+    decay = RuleDecay(layer, [optimizer], 0.0)
+    scheduled = constant(2.0, optimizer)
+    assert scheduled.check()
+    decay.remove()
+    RuleDecay(layer, [optimizer], 0.5, rules=[DecayRule("all", multiplier=0.0)])
+    with pytest.raises(MisconfigurationException, match=r"every parameter group is 0\. Rules exempt all of them\."):
+        scheduled.check()
+
+
 def test_no_optimizer() -> None:
     with pytest.raises(MisconfigurationException, match="WeightDecayScheduler needs an optimizer"):
         ScheduledDecay(ConstantSchedule(), []).check()
