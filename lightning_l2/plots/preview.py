@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -90,9 +91,12 @@ def _draw(files: Sequence[Path]) -> Figure:
         )
     by_epoch = scheduler.get("interval") == "epoch"
     total, max_steps, max_epochs = scheduler.get("total_steps"), trainer.get("max_steps"), trainer.get("max_epochs")
+    groups = _groups(settings, trainer, scheduler.get("values") == "weight_decay")
+    if groups is not None and scheduler.get("groups") is not None:
+        groups = {name: value for name, value in groups.items() if re.search(scheduler["groups"], name)} or groups
     return plot_schedule(
         schedule,
-        weight_decay=_groups(settings, trainer, scheduler.get("values") == "weight_decay"),
+        weight_decay=groups,
         steps=None if by_epoch else _length(total, max_steps),
         epochs=_length(total, max_epochs) if by_epoch else _length(max_epochs),
         per_epoch=by_epoch,
