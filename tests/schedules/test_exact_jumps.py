@@ -63,6 +63,17 @@ def test_restarts_within_a_part(length: int) -> None:
             assert found[first(edge, length)] == pytest.approx(4.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+def test_from_part_to_part_within_a_part(length: int) -> None:
+    parts = SequenceSchedule(
+        [ConstantSchedule(value) for value in (2.0, 3.0, 4.0, 5.0, 6.0, 7.0)], [0.1, 0.3, 0.5, 0.7, 0.9]
+    )
+    for start in (Fraction(1, 10), Fraction(1, 5), Fraction(3, 10), Fraction(7, 10)):
+        schedule = SequenceSchedule([ConstantSchedule(1.0), parts], [float(start)])
+        edges = [start, *(start + edge * (1 - start) for edge in EDGES)]
+        assert jumps(schedule, length) == sorted({first(edge, length) for edge in edges})
+
+
 def test_over_a_million_steps() -> None:
     length, start = 1_000_001, Fraction(1, 10)
     schedule = SequenceSchedule([ConstantSchedule(1.0), STEP], [0.1])
