@@ -31,7 +31,7 @@ MODELS = {
     ),
     "llama": (_build("LlamaForCausalLM", **_TEXT), {"LlamaRMSNorm"}, set()),
     "qwen3": (_build("Qwen3ForCausalLM", num_key_value_heads=2, head_dim=4, **_TEXT), {"Qwen3RMSNorm"}, set()),
-    "vit": (_build("ViTForImageClassification", **_IMAGE), {"LayerNorm"}, set()),
+    "vit": (_build("ViTForImageClassification", **_IMAGE), {"LayerNorm"}, {"vit.embeddings.cls_token"}),
     "resnet": (
         _build("ResNetForImageClassification", embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1]),
         {"BatchNorm2d"},

@@ -162,7 +162,7 @@ class WeightDecay(Callback):
                 "Return an optimizer, or remove the callback."
             )
         if not is_undecided(pl_module):
-            _warn_of_decayed(decayed_exemptions(pl_module, self.rules, trainer.model))
+            _warn_of_decayed(decayed_exemptions(pl_module, self.rules, trainer.model, bare_optimizers(trainer)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide after every restore; lazy parameters have to wait for their shape."""

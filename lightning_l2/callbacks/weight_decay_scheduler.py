@@ -6,11 +6,8 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn.parameter import is_lazy
-
 from lightning_l2.arguments import check_at_least, check_choice, check_types
+from lightning_l2.decay.schedule_checks import pattern_of
 from lightning_l2.decay.scheduled import ScheduledDecay
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.schedules.base import Schedule
@@ -18,16 +15,16 @@ from lightning_l2.schedules.feedback import FeedbackSchedule
 from lightning_l2.trainer.callback import Callback, check_alone
 from lightning_l2.trainer.clock import step_index
 from lightning_l2.trainer.length import total_epochs, total_steps
+from lightning_l2.trainer.metric_watch import MetricWatch
 from lightning_l2.trainer.optimizers import bare_optimizer, optimizers_in_use, splits_early, tell_of_gradients, unscale
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from torch import Tensor
     from torch.optim import Optimizer
 
 
 class WeightDecayScheduler(Callback):
-    r"""Change lambda over training, in every parameter group of every optimizer.
+    r"""Change lambda over training, in every parameter group of every optimizer, or in some of them.
 
     With $\lambda_0$ a group's base value, $m$ the schedule, $t$ of $T$ optimizer steps done:
 
@@ -39,30 +36,38 @@ class WeightDecayScheduler(Callback):
     `weight_decay` is the base and stays as it is: `weight_decay_in_force` and `L2NormMonitor` tell lambda.
     Schedules that read gradients do so in steps of `self.optimizers()`, not in those of the bare optimizers.
 
+    A Trainer takes several, each with a schedule for `groups` of its own.
+
     Args:
         schedule: Multiplier of the base value as a function of progress, or from what training does.
+        groups: Regular expression searched for in the names of parameter groups, as in the table and the logs: those
+            that are scheduled. None for all.
         interval: Whether lambda changes each optimizer `"step"` or each `"epoch"`.
         total_steps: Length of the schedule in steps, or in epochs for `interval="epoch"`. By default the Trainer's.
-        values: What the schedule's values are: a `"multiplier"` of each group's base, or the `"weight_decay"` of the
-            group with the strongest base, which the other groups follow in proportion.
+        values: What the schedule's values are: a `"multiplier"` of each group's base, or the `"weight_decay"` in the
+            place of the configured one, so that a rule with `multiplier=2` has twice that; of groups made by hand, and
+            of absolute lambdas alone, in the place of the largest.
 
     Raises:
         MisconfigurationException: Before the first step, if the length of the training is unknown and `total_steps`
-            isn't given, or if there is nothing to schedule.
+            isn't given, there is nothing to schedule, `groups` takes none, or two schedulers take one.
 
     >>> from lightning_l2.schedules import CosineSchedule
     >>> scheduler = WeightDecayScheduler(CosineSchedule(start=1.0, end=10.0))  # as DINO's 0.04 to 0.4
+    >>> several = [scheduler.state_key, WeightDecayScheduler(CosineSchedule(1.0, 0.0), groups="^muon$").state_key]
     """
 
     def __init__(
         self,
         schedule: Schedule | FeedbackSchedule,
         *,
+        groups: str | None = None,
         interval: Literal["step", "epoch"] = "step",
         total_steps: int | None = None,
         values: Literal["multiplier", "weight_decay"] = "multiplier",
     ) -> None:
         check_types(WeightDecayScheduler, locals())
+        pattern_of(groups)
         check_choice(("step", "epoch"), interval=interval)
         check_choice(("multiplier", "weight_decay"), values=values)
         check_at_least(1, total_steps=total_steps)
@@ -72,6 +77,7 @@ class WeightDecayScheduler(Callback):
                 "`interval`, `total_steps` nor `values='weight_decay'`."
             )
         self.schedule = schedule
+        self.groups = groups
         self.interval = interval
         self.total_steps = total_steps
         self.values = values
@@ -79,10 +85,18 @@ class WeightDecayScheduler(Callback):
         # by the optimizer's number: what the schedule remembers, and the multipliers it gave last
         self._feedback: dict[int, dict[str, Any]] = {}
 
+    @property
+    def state_key(self) -> str:
+        """The key of its state in a checkpoint, one for each of several schedulers."""
+        return super().state_key if self.groups is None else self._generate_state_key(groups=self.groups)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; here, since states are restored after it."""
         if stage == "fit":
-            check_alone(trainer, self, "Keep one WeightDecayScheduler.")
+            callbacks: list[Any] = getattr(trainer, "callbacks", [])
+            patterns = [other.groups for other in callbacks if isinstance(other, WeightDecayScheduler)]
+            if None in patterns or patterns.count(self.groups) > 1:
+                check_alone(trainer, self, "Keep one WeightDecayScheduler, or give each `groups` of its own.")
             self._feedback = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,42 +110,36 @@ class WeightDecayScheduler(Callback):
         length = 1
         if isinstance(self.schedule, Schedule):
             length = self.total_steps or (total_epochs(trainer) if self.interval == "epoch" else total_steps(trainer))
-        self._observed: Tensor | None = None
-        self._before_validation: Tensor | None = None
-        self._has_read, self._is_stale = True, False
+        reads_metric = isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "metric"
+        metric = getattr(self.schedule, "monitor", None) if reads_metric else None
+        self._watch = MetricWatch(metric, type(self.schedule).__name__)
         self._is_checked = False
         self._fit = ScheduledDecay(
             self.schedule,
             optimizers_in_use(trainer),
             length=length,
             values=self.values,
+            groups=self.groups,
             memory=self._feedback,
             writes=splits_early(trainer),
             look=partial(self._set, trainer),
         )
-        if isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "lr":
-            self._fit.check()  # others read later, when all callbacks have had their say about the groups
         self._fit.set(self._index(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read a metric that the module logged when the epoch before ended, after the callbacks' own hooks."""
-        if self._fit is not None:
-            self._keep_identity(trainer)
-            if not self._has_read:
-                self._observe(trainer, warns=True)
-            self._has_read = False
+        if self._fit is not None and self._watch.epoch_starts(trainer):
+            self._observe(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Set lambda of the coming step, once learning-rate schedulers have moved, in all groups that there are."""
         if self._fit is not None:
-            if not self._is_checked:
-                self._check(trainer)
+            self._check(trainer)
             self._set(trainer, afresh=False)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain of lazy parameters without decay, too, which have a shape after the first forward pass."""
-        if self._fit is not None and not self._is_checked:
-            self._check(trainer)
+        self._check(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -151,14 +159,12 @@ class WeightDecayScheduler(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take note of the metric before the validation."""
         if self._fit is not None:
-            self._keep_identity(trainer)
-            self._before_validation = self._metric(trainer)
+            self._watch.validation_starts(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read a metric that the validation brought, also within an epoch."""
-        if self._fit is not None and self._metric(trainer) is not self._before_validation:
+        if self._fit is not None and self._watch.validation_ends(trainer):
             self._observe(trainer)
-            self._is_stale = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set lambda of the coming epoch, or read the metric that the epoch brought."""
@@ -166,13 +172,13 @@ class WeightDecayScheduler(Callback):
             return
         if self.interval == "epoch":
             self._fit.set(trainer.current_epoch + 1)
-        self._keep_identity(trainer)
-        self._observe(trainer)
+        if self._watch.epoch_ends(trainer):
+            self._observe(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Complain of a metric that never came."""
-        if self._fit is not None and not self._has_read:
-            self._observe(trainer, warns=True)
+        if self._fit is not None and self._watch.training_ends(trainer):
+            self._observe(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the optimizers alone."""
@@ -211,57 +217,11 @@ class WeightDecayScheduler(Callback):
 
     def _check(self, trainer: Any) -> None:
         """Complain before the first step, once all callbacks have had their say about the groups."""
-        if self._is_checked or self._fit is None:
-            return
-        if not self._fit.optimizers:
-            raise MisconfigurationException(
-                "WeightDecayScheduler needs an optimizer, and `configure_optimizers` returned none. "
-                "Return an optimizer, or remove the callback."
-            )
-        self._fit.check()
-        groups = [group for optimizer in self._fit.optimizers for group in optimizer.param_groups]
-        if any(is_lazy(parameter) for group in groups for parameter in group["params"]):
-            return
-        self._is_checked = True
-        if self._fit.strongest():
-            return
-        if self.values == "weight_decay":
-            raise MisconfigurationException(
-                "WeightDecayScheduler(values='weight_decay') gives lambda of the groups with the strongest base, but "
-                "the base weight decay of every parameter group is 0. Give a base, such as WeightDecay(1.0), to say "
-                "which groups decay."
-            )
-        # a rule may say 0 on purpose, as in a sweep; a penalty that follows the schedule has a lambda of its own
-        asked_for = any(decay_groups(optimizer).is_decided for optimizer in self._fit.optimizers)
-        if not asked_for and not any(getattr(callback, "follow_schedule", False) for callback in trainer.callbacks):
-            raise MisconfigurationException(
-                "WeightDecayScheduler has nothing to schedule: the weight decay of every parameter group is 0. "
-                "Give the optimizer a weight_decay, or add the callback WeightDecay(weight_decay=...)."
-            )
+        if self._fit is not None and not self._is_checked:
+            # a penalty that follows the schedule has a lambda of its own
+            is_followed = any(getattr(callback, "follow_schedule", False) for callback in trainer.callbacks)
+            self._is_checked = self._fit.check(is_followed=is_followed)
 
-    def _metric(self, trainer: pl.Trainer) -> Tensor | None:
-        """Return the metric that the schedule reads, the same object as long as nobody logs it again."""
-        name = getattr(self.schedule, "monitor", None)
-        reads = self._fit is not None and getattr(self.schedule, "reads", None) == "metric"
-        return trainer.callback_metrics.get(name) if reads and name is not None else None
-
-    def _keep_identity(self, trainer: pl.Trainer) -> None:
-        """Know a value again that was read at the end of a validation, when the Trainer had not put it away yet."""
-        if self._is_stale:
-            self._observed, self._is_stale = self._metric(trainer), False
-
-    def _observe(self, trainer: pl.Trainer, *, warns: bool = False) -> None:
-        """Let a schedule that reads a metric see a value that is new."""
-        if self._fit is None or getattr(self.schedule, "reads", None) != "metric":
-            return
-        value = self._metric(trainer)
-        if value is None and warns:
-            name = getattr(self.schedule, "monitor", None)
-            rank_zero_warn(
-                f"{type(self.schedule).__name__} monitors {name!r}, which is not among the metrics "
-                f"{sorted(trainer.callback_metrics)}. Weight decay stays as it is."
-            )
-        if value is None or value is self._observed:
-            return
-        self._observed, self._has_read = value, True
-        self._fit.observe({name: float(metric) for name, metric in trainer.callback_metrics.items()})
+    def _observe(self, trainer: pl.Trainer) -> None:
+        if self._fit is not None:
+            self._fit.observe({name: float(metric) for name, metric in trainer.callback_metrics.items()})

@@ -7,7 +7,7 @@ import math
 from lightning_l2.arguments import check_not_negative, check_positive
 
 
-def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: float) -> float:
+def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: float = 1.0) -> float:
     """Return the weight decay under which decoupled weights average their updates over so many epochs.
 
     AdamW keeps an exponential moving average of its updates with a timescale of $1 / (lr * weight_decay)$ steps, so
@@ -16,7 +16,7 @@ def timescale_to_weight_decay(epochs: float, *, lr: float, steps_per_epoch: floa
     Args:
         epochs: Timescale of the average, in epochs, above 0.
         lr: Learning rate (its peak, where it has a schedule), above 0.
-        steps_per_epoch: Optimizer steps in an epoch, above 0.
+        steps_per_epoch: Optimizer steps in an epoch, above 0; with 1 `epochs` counts steps.
 
     Raises:
         ValueError: If an argument is not finite and above 0.

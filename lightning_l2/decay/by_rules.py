@@ -132,7 +132,7 @@ class RuleDecay:
         """Let rules decide, if they haven't and no parameter is lazy any more; return whether they did."""
         if self._bases is not None or is_undecided(self._model):
             return False
-        self._bases = self._make_bases()
+        self._bases = self._make_bases(optimizers=self._users)
         for number, optimizer in enumerate(self.optimizers):
             self._decide(number, optimizer)
         return True
@@ -144,6 +144,8 @@ class RuleDecay:
             return False
         self.optimizers = list(optimizers)
         self._users = optimizers if users is None else users
+        if self._bases is not None:
+            self._bases.follow(self._users)
         self._groups = decay_groups_of(optimizers)
         self._counts.follow(optimizers)
         return self._attached.follow(optimizers)

@@ -54,7 +54,7 @@ class EarlySplit:
         schedulers: Sequence[Any] = (),
     ) -> None:
         self._resuming = resuming
-        bases = RuleBases(model, rules, weight_decay, resuming)
+        bases = RuleBases(model, rules, weight_decay, resuming, optimizers=optimizers)
         found = decay_groups_of(optimizers)
         for one in found:
             one.decide(bases)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
+import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.nn.parameter import is_lazy
+
+from lightning_l2.decay.feedback_view import as_seen
+from lightning_l2.decay.schedule_checks import check_base, check_taken, pattern_of, probe, taken, warn_of_values
 from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.schedules.base import Schedule
@@ -17,22 +22,29 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from lightning_l2.param_groups.parts import DecayGroup
+
 
 class ScheduledDecay:
-    r"""Multiply lambda of every parameter group by a schedule: $\lambda_t = \lambda_0 \cdot m(t / (T - 1))$.
+    r"""Multiply lambda of parameter groups by a schedule: $\lambda_t = \lambda_0 \cdot m(t / (T - 1))$.
+
+    Several can stand side by side, each for groups of its own.
 
     Args:
         schedule: Multiplier as a function of progress, or from what training does.
         optimizers: The optimizers that train; see `updating_optimizers`.
         length: Length $T$ of the training, in what `set` counts.
-        values: Whether the schedule gives multipliers, or the `"weight_decay"` of groups with the strongest base.
+        values: Whether the schedule gives multipliers, or the `"weight_decay"` that stands for the configured base;
+            see `anchor`.
+        groups: Regular expression searched for in the names of parameter groups: those that are scheduled; None for
+            all.
         memory: What a feedback schedule remembers, by the optimizer's number; it is changed in place.
         writes: Whether lambda is written into the groups, where a strategy leaves no other way.
         look: As of `Attachments`.
 
     Raises:
         TypeError: If an optimizer has no step hooks.
-        ValueError: If the schedule gives what no lambda can be.
+        ValueError: If the schedule gives what no lambda can be, or `groups` is no regular expression.
 
     >>> import torch
     >>> from lightning_l2.schedules import LinearSchedule
@@ -51,21 +63,26 @@ class ScheduledDecay:
         *,
         length: int = 1,
         values: Literal["multiplier", "weight_decay"] = "multiplier",
+        groups: str | None = None,
         memory: dict[int, dict[str, Any]] | None = None,
         writes: bool = False,
         look: Callable[[], Any] | None = None,
     ) -> None:
         self.optimizers: list[Optimizer] = []
-        self._schedule = schedule
+        self._schedule = schedule.over(length) if isinstance(schedule, Schedule) else schedule
+        self._name = type(schedule).__name__
         self._length = length
         self._values = values
+        self._among = pattern_of(groups)
         self._memory = {} if memory is None else memory
         # DeepSpeed replaces no optimizer, and shows its groups one by one while it steps
-        self._attached = Attachments(_Written if writes else self._attach, None if writes else look)
+        self._attached = Attachments(self._write if writes else self._attach, None if writes else look)
         self._groups: list[DecayGroups] = []
         self._updates: list[int] = []
-        if isinstance(schedule, Schedule):
-            probe(schedule, length)
+        self._anchor: tuple[tuple[bool, ...], float] = (), 0.0
+        self._readable: set[int] = set()
+        if isinstance(self._schedule, Schedule):
+            probe(self._schedule, length, self._name)
         self.follow(optimizers)
 
     def follow(self, optimizers: Sequence[Optimizer]) -> bool:
@@ -75,21 +92,51 @@ class ScheduledDecay:
         self.optimizers = list(optimizers)
         self._groups = decay_groups_of(optimizers)
         self._updates = [one.updates for one in self._groups]
+        self._anchor, self._readable = ((), 0.0), set()
         return True
 
-    def check(self) -> None:
-        """Refuse optimizers that a feedback schedule can't read.
+    def check(self, *, is_followed: bool = False) -> bool:
+        """Refuse what can't be scheduled; return whether that is known, for which lazy parameters need a shape.
+
+        Args:
+            is_followed: Whether something else, such as a penalty, follows the schedule with a lambda of its own.
 
         Raises:
-            ValueError: If there is one.
+            MisconfigurationException: If nothing is scheduled, or a group twice.
+            ValueError: If a feedback schedule can't read an optimizer.
         """
-        if isinstance(self._schedule, FeedbackSchedule):
-            for optimizer in self.optimizers:
-                self._schedule.check(_view(optimizer))
+        if not self.optimizers:
+            raise MisconfigurationException(
+                "WeightDecayScheduler needs an optimizer, and `configure_optimizers` returned none. "
+                "Return an optimizer, or remove the callback."
+            )
+        for optimizer in self.optimizers:
+            self._check_readable(optimizer)
+        parents = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        if any(is_lazy(parameter) for group in parents for parameter in group["params"]):
+            return False
+        check_taken(self._groups, self._among)
+        if not self.strongest():
+            check_base(self._groups, self._among, self._values, is_followed=is_followed)
+        if isinstance(self._schedule, Schedule) and self._values == "multiplier":
+            warn_of_values(self._name, float(self._schedule(0.0)), self.anchor())
+        return True
 
     def strongest(self) -> float:
-        """Return the largest base lambda."""
-        return max((float(g.base) for o in self.optimizers for g in decay_groups(o).unnamed()), default=0.0)
+        """Return the largest base lambda of the groups that are scheduled."""
+        return max((float(group.base) for group in self._taken()), default=0.0)
+
+    def anchor(self) -> float:
+        """Return the base that values of `"weight_decay"` stand for.
+
+        It is the one that rules multiply, so a rule with `multiplier=2` has twice the schedule's value. Without such a
+        base, as in groups made by hand, it is the largest of the groups that there are at first.
+        """
+        decided = tuple(one.is_decided for one in self._groups)
+        if not self._anchor[1] or self._anchor[0] != decided:
+            bases = [base for group in self._taken() if (base := _multiplied(group))]
+            self._anchor = decided, max(bases, default=self.strongest())
+        return self._anchor[1]
 
     def set(self, index: int, *, only_updated: bool = False) -> None:
         """Put lambda of a step, or what else is counted, in force.
@@ -108,23 +155,26 @@ class ScheduledDecay:
                 if self._schedule.reads == "lr":
                     self.read(one.optimizer)
                 else:
-                    self._repeat(one.optimizer)
+                    self._repeat(one)
             return
         value = float(self._schedule(min(1.0, index / max(1, self._length - 1))))
         if self._values == "multiplier":
             for one in groups:
-                one.multiply(value)
+                one.multiply(value, among=self._among)
             return
-        strongest = self.strongest()
+        anchor = self.anchor()
         for one in groups:
-            one.multiply(value / strongest if strongest else 0.0, (value, strongest))
+            one.multiply(value / anchor if anchor else 0.0, (value, anchor), self._among)
 
     def read(self, optimizer: Optimizer, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ask a feedback schedule for the multipliers of an optimizer's groups, and put them in force."""
         schedule: Any = self._schedule
+        view = self._check_readable(optimizer)
+        if view is None:
+            return
         memory = self._memory.setdefault(self._number(optimizer), {"state": {}})
-        memory["multipliers"] = list(map(float, schedule.multipliers(_view(optimizer), metrics, memory["state"])))
-        decay_groups(optimizer).multiply(memory["multipliers"])
+        memory["multipliers"] = list(map(float, schedule.multipliers(view, metrics, memory["state"])))
+        decay_groups(optimizer).multiply(memory["multipliers"], among=self._among)
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Let a feedback schedule see metrics."""
@@ -139,46 +189,65 @@ class ScheduledDecay:
         """Leave the optimizers alone."""
         self._attached.remove()
 
-    def _repeat(self, optimizer: Optimizer) -> None:
+    def _repeat(self, one: DecayGroups) -> None:
         """Put in force what a feedback schedule gave last; 1 before it was asked, so that followers find one."""
-        decay_groups(optimizer).multiply(self._memory.get(self._number(optimizer), {}).get("multipliers") or [1.0])
+        given = self._memory.get(self._number(one.optimizer), {}).get("multipliers") or [1.0]
+        one.multiply(given, among=self._among)
+
+    def _taken(self) -> list[DecayGroup]:
+        return taken(self._groups, self._among)
+
+    def _check_readable(self, optimizer: Optimizer) -> Any:
+        """Return an optimizer as a feedback schedule sees it, once it has looked; None if it has none of the groups."""
+        if not isinstance(self._schedule, FeedbackSchedule):
+            return None
+        view = as_seen(optimizer, self._among)
+        if view.param_groups and id(optimizer) not in self._readable:
+            self._schedule.check(view)
+            self._readable.add(id(optimizer))
+        return view if view.param_groups else None
 
     def _number(self, optimizer: Optimizer) -> int:
         return next(number for number, one in enumerate(self.optimizers) if one is optimizer)
 
     def _attach(self, number: int, optimizer: Optimizer) -> _InForce:
         reads_gradients = isinstance(self._schedule, FeedbackSchedule) and self._schedule.reads == "gradients"
-        return _Reading(self, optimizer) if reads_gradients else _InForce(optimizer)
+        return _Reading(self, optimizer, self._among) if reads_gradients else _InForce(optimizer, self._among)
 
-
-class _InForce:
-    """Keeps the multipliers in an optimizer's groups in force."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._groups: DecayGroups = decay_groups(optimizer)
-        self._groups.hold(self, "WeightDecayScheduler")
-
-    def remove(self) -> None:
-        self._groups.multiply(1.0)
-        self._groups.is_scheduled = False
-        self._groups.release(self)
+    def _write(self, number: int, optimizer: Optimizer) -> _Written:
+        return _Written(optimizer, self._among)
 
 
 class _Written:
-    """Stands for it where lambda is written into the groups."""
+    """Knows that an optimizer's groups are scheduled, where lambda is written into them."""
 
-    def __init__(self, number: int, optimizer: Optimizer) -> None:
-        self._groups = decay_groups(optimizer)
+    def __init__(self, optimizer: Optimizer, among: re.Pattern[str] | None) -> None:
+        self._groups, self._among = decay_groups(optimizer), among
+        self._groups.schedules.append(among)
 
     def remove(self) -> None:
+        self._groups.schedules.remove(self._among)
         self._groups.is_scheduled = False
+
+
+class _InForce(_Written):
+    """Keeps the multipliers in an optimizer's groups in force."""
+
+    def __init__(self, optimizer: Optimizer, among: re.Pattern[str] | None) -> None:
+        super().__init__(optimizer, among)
+        self._groups.hold(self, "WeightDecayScheduler")
+
+    def remove(self) -> None:
+        super().remove()
+        self._groups.unschedule(self._among)
+        self._groups.release(self)
 
 
 class _Reading(_InForce):
     """Has a feedback schedule read the gradients of an optimizer before anything joins them."""
 
-    def __init__(self, scheduled: ScheduledDecay, optimizer: Optimizer) -> None:
-        super().__init__(optimizer)
+    def __init__(self, scheduled: ScheduledDecay, optimizer: Optimizer, among: re.Pattern[str] | None) -> None:
+        super().__init__(optimizer, among)
         self._hook = _ReadingHook(scheduled, optimizer)
 
     def remove(self) -> None:
@@ -197,58 +266,11 @@ class _ReadingHook(StepHook):
         self._scheduled.read(self.optimizer)
 
 
-class _View:
-    """An optimizer as feedback schedules see it: with a group for each part that decays alike."""
-
-    # Values of the class, so that these are found before properties of the optimizer's, such as DeepSpeed's have.
-    param_groups: Sequence[dict[str, Any]] = ()
-    state: Mapping[Any, Any] = MappingProxyType({})
-    defaults: Mapping[str, Any] = MappingProxyType({})
-
-
-_VIEWS: dict[type, Any] = {}
-
-
-def _view(optimizer: Any) -> Any:
-    kind: Any = type(optimizer)
-    if kind not in _VIEWS:
-        _VIEWS[kind] = type(kind.__name__, (_View, kind), {})  # schedules ask of what class it is
-    view = object.__new__(_VIEWS[kind])
-    vars(view).update(
-        state=optimizer.state,
-        defaults=getattr(optimizer, "defaults", {}),
-        param_groups=[
-            {
-                **group.parent,
-                "params": group.params,
-                "name": group.name,
-                **({"rule": group.rule} if group.decisions else {}),
-                "weight_decay": group.weight_decay,
-                "initial_weight_decay": group.base,
-            }
-            for group in decay_groups(optimizer).groups
-        ],
-    )
-    vars(view).update(vars(optimizer) | vars(view))  # DeepSpeed's have more that tells what they are
-    return view
-
-
-def probe(schedule: Schedule, length: int) -> None:
-    """Refuse a schedule that would give what no lambda can be, before it costs a training.
-
-    Raises:
-        ValueError: If one of its values is negative or not finite.
-    """
-    points = min(length, 1000)
-    for index in range(points):
-        progress = index / max(1, points - 1)
-        value = schedule(progress)
-        try:
-            is_multiplier = 0 <= float(value) < math.inf
-        except (TypeError, ValueError):
-            is_multiplier = False
-        if not is_multiplier:
-            raise ValueError(
-                f"{type(schedule).__name__} gives {value!r} at progress {progress:.3g}; "
-                "a multiplier of weight decay has to be finite and at least 0."
-            )
+def _multiplied(group: DecayGroup) -> float:
+    """Return the base that a rule's multiplier made a group's base from; 0 where a rule gave lambda itself."""
+    if not group.decisions:
+        return float(group.base)
+    rule = group.decisions[0].rule
+    if rule is None or rule.weight_decay is not None or rule.multiplier == 0.0:
+        return 0.0
+    return float(group.base) / (1.0 if rule.multiplier is None else rule.multiplier)

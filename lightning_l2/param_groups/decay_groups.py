@@ -7,6 +7,7 @@ its rule or the group's own, and with the multiplier that schedules give it; lam
 from __future__ import annotations
 
 import operator
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,6 +49,7 @@ class DecayGroups:
         updates: How many updates were made while the groups were held.
         way: The way to decay that somebody has attached, None for the optimizer's own.
         is_scheduled: Whether a schedule has written multipliers.
+        schedules: Which parts schedules take, by a pattern of their names, or None for all.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -56,6 +58,9 @@ class DecayGroups:
         self.updates = 0
         self.way: Acting | None = None
         self.is_scheduled = False
+        self.schedules: list[re.Pattern[str] | None] = []
+        # what schedules of some parts gave last
+        self._among: dict[re.Pattern[str], tuple[Sequence[float], tuple[float, float] | None]] = {}
         self._optimizer = weakref.ref(optimizer)
         self._bases: Bases | None = None
         self._configured: Sequence[tuple[tuple[Any, ...], float]] = ()
@@ -125,6 +130,8 @@ class DecayGroups:
         if is_new:
             self._families = {id(one.parent): one for one in families}
             self._version += 1
+            for among, (multipliers, absolute) in self._among.items():
+                _multiply([group for group in self.groups if among.search(group.name)], multipliers, absolute)
         return [family.groups for family in families]
 
     def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> float | None:
@@ -161,28 +168,46 @@ class DecayGroups:
         self._families = {}
         self._version += 1
 
-    def multiply(self, multipliers: float | Sequence[float], absolute: tuple[float, float] | None = None) -> None:
+    def multiply(
+        self,
+        multipliers: float | Sequence[float],
+        absolute: tuple[float, float] | None = None,
+        among: re.Pattern[str] | None = None,
+    ) -> None:
         """Set what schedules multiply lambda with.
 
         Args:
             multipliers: One for all parts, or one for each, the last also for those that come later.
-            absolute: Lambda of parts with the strongest base, and that base, where a schedule says that; others follow
-                in proportion.
+            absolute: Lambda that stands for a base, and that base, where a schedule says that; parts follow in
+                proportion to their own.
+            among: Only parts with such a name; None for all.
         """
-        self.is_scheduled, self._absolute = True, absolute
+        self.is_scheduled = True
+        if among is not None:
+            several = [multipliers] if isinstance(multipliers, int | float) else multipliers
+            self._among[among] = several, absolute
+            _multiply([group for group in self.groups if among.search(group.name)], several, absolute)
+            if self._fixed:
+                self.write()
+            return
+        self._absolute = absolute
         if isinstance(multipliers, int | float):
             self._multiplier = multipliers
             for family in self._families.values():
                 for group in family.groups:
                     group.multiplier, group.absolute = multipliers, absolute
         else:
-            groups = self.unnamed()
             self._multiplier = multipliers[-1] if multipliers else 1.0
-            late = [self._multiplier] * (len(groups) - len(multipliers))
-            for group, multiplier in zip(groups, [*multipliers, *late], strict=False):
-                group.multiplier, group.absolute = multiplier, absolute
+            _multiply(self.unnamed(), multipliers, absolute)
         if self._fixed:
             self.write()
+
+    def unschedule(self, among: re.Pattern[str] | None = None) -> None:
+        """Forget what a schedule gave to the parts that it takes."""
+        self.multiply(1.0, among=among)
+        if among is not None:
+            self._among.pop(among, None)
+        self.is_scheduled = bool(self._among)
 
     def hide(self, in_step: Mapping[str, Any] | None, way: Acting | None = None) -> None:
         """Let the optimizer see other options than the groups have, wherever they have them, while it updates.
@@ -216,6 +241,7 @@ class DecayGroups:
         if not self._holders and self.optimizer is not None:
             step_of(self.optimizer, "DecayGroups").set_layout(None)
             self._siblings, self._multiplier, self._absolute, self.is_scheduled = (), 1.0, None, False
+            self._among = {}
             self.decide(None)
 
     def fix(self, bases: Sequence[float]) -> None:
@@ -271,6 +297,13 @@ class DecayGroups:
             f"{', '.join(f'{group.name or group.label} {group.base:g}' for group in family.groups)}. "
             "Use WeightDecay() without a value to decay as the groups say, or a WeightDecayScheduler."
         )
+
+
+def _multiply(groups: Sequence[DecayGroup], multipliers: Sequence[float], absolute: tuple[float, float] | None) -> None:
+    """Set one multiplier for each part, the last also for those that come later."""
+    late = list(multipliers[-1:] or [1.0]) * (len(groups) - len(multipliers))
+    for group, multiplier in zip(groups, [*multipliers, *late], strict=False):
+        group.multiplier, group.absolute = multiplier, absolute
 
 
 def _given(decision: Decision) -> float | None:

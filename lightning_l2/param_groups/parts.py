@@ -87,7 +87,7 @@ class DecayGroup:
         given: The base, where it does not follow from the parent's weight decay.
         multiplier: What schedules multiply lambda with.
         last: Lambda at the end of what is scheduled, None where nothing is, or nobody knows.
-        absolute: Lambda of groups with the strongest base and that base, where a schedule gives those.
+        absolute: Lambda that stands for a base and that base, where a schedule gives those.
         name: A unique name over all optimizers of a module.
         child: What stands for it while the optimizer updates: the same object each time, as compiled steps expect.
         own_options: Options that the optimizer gave to this part only, with the parent's at that time.
@@ -144,6 +144,6 @@ class DecayGroup:
         """Lambda in force, in the coming step."""
         base = self.base if self.given is None else self.given  # every step asks
         if self.absolute is not None:
-            value, strongest = self.absolute
-            return value * (base / strongest) if strongest else 0.0
+            value, anchor = self.absolute
+            return value * (base / anchor) if anchor else 0.0
         return base * self.multiplier if self.multiplier != 1.0 else base

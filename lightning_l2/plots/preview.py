@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -90,9 +91,12 @@ def _draw(files: Sequence[Path]) -> Figure:
         )
     by_epoch = scheduler.get("interval") == "epoch"
     total, max_steps, max_epochs = scheduler.get("total_steps"), trainer.get("max_steps"), trainer.get("max_epochs")
+    groups = _groups(settings, trainer, scheduler.get("values") == "weight_decay")
+    if groups is not None and scheduler.get("groups") is not None:
+        groups = {name: value for name, value in groups.items() if re.search(scheduler["groups"], name)} or groups
     return plot_schedule(
         schedule,
-        weight_decay=_groups(settings, trainer, scheduler.get("values") == "weight_decay"),
+        weight_decay=groups,
         steps=None if by_epoch else _length(total, max_steps),
         epochs=_length(total, max_epochs) if by_epoch else _length(max_epochs),
         per_epoch=by_epoch,
@@ -109,10 +113,10 @@ def _groups(settings: Mapping[str, Any], trainer: Mapping[str, Any], absolute: b
         return {"strongest group": 1.0} if absolute else None
     rules = resolve_rules(_parse(Rules, decay["rules"]) if "rules" in decay else "default")
     groups = {rule.name: rule.resolve(base) for rule in rules} if decay else {"all parameters": base}
-    if any(getattr(rule, "layer_multiplier", getattr(rule, "layer_decay", None)) for rule in rules):
+    if any(rule.layer_multiplier for rule in rules):
         groups = _layers(settings, rules, base) or groups
-    strongest = max(groups.values()) if absolute else 1.0
-    return {name: value / strongest for name, value in groups.items()} if strongest else groups
+    anchor = float(base) if absolute else 1.0
+    return {name: value / anchor for name, value in groups.items()} if anchor else groups
 
 
 def _layers(settings: Mapping[str, Any], rules: Sequence[DecayRule], base: float) -> dict[str, float]:

@@ -48,7 +48,10 @@ def plot_schedule(
     check_at_least(1, steps=steps, epochs=epochs)
     if per_epoch and epochs is None:
         raise ValueError("A schedule by epoch needs their number: give `epochs`.")
+    name = type(schedule).__name__
     unit, length = _axis(steps, epochs)
+    if (count := epochs if per_epoch else steps) is not None:
+        schedule = schedule.over(count)
     progress = [index / (POINTS - 1) for index in range(POINTS)]
     at = [length * point for point in progress]
     if per_epoch and epochs is not None:
@@ -60,7 +63,7 @@ def plot_schedule(
     from matplotlib.ticker import AutoLocator
 
     words = ("Multiplier of weight decay", "multiplier") if weight_decay is None else ("Weight decay", "λ")
-    style_axes(axes, f"{words[0]}: {type(schedule).__name__}", words[1])
+    style_axes(axes, f"{words[0]}: {name}", words[1])
     axes.set_xlabel(unit)
     if steps is None and epochs is None:
         axes.xaxis.set_major_locator(AutoLocator())

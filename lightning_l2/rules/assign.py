@@ -8,13 +8,17 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.rules.exemptions import class_names
+from lightning_l2.rules.closest import unused_message
+from lightning_l2.rules.memberships import Membership, memberships
 from lightning_l2.rules.parameters import ParameterInfo, describe_parameters
 from lightning_l2.rules.presets import PRESETS
 from lightning_l2.rules.rule import DecayRule
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
+
+    Optimizers = Optimizer | Sequence[Optimizer]
 
 __all__ = [
     "DecayRule",
@@ -22,6 +26,7 @@ __all__ = [
     "assign_rules",
     "decay_param_groups",
     "resolve_rules",
+    "rules_by_group",
     "rules_by_parameter",
 ]
 
@@ -69,48 +74,78 @@ def rules_by_parameter(
 
     Args:
         model: Any module; names are free of what wrappers put into them.
-        rules: See `resolve_rules`.
+        rules: See `resolve_rules`; none of them asks for optimizers.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
 
     Raises:
-        ValueError: If a rule matches nothing, no rule covers a parameter, or a flat parameter mixes rules.
+        ValueError: If a rule matches nothing or asks for optimizers, no rule covers a parameter, or a flat parameter
+            mixes rules.
         RuntimeError: If the shape of a parameter is not known.
     """
-    infos = describe_parameters(model, root)
-    chosen = _choose(infos, resolve_rules(rules))
-    flat: dict[int, tuple[str, nn.Parameter, DecayRule]] = {}
-    for info, rule in zip(infos, chosen, strict=True):
-        name, _, first = flat.setdefault(id(info.parameter), (info.name, info.parameter, rule))
-        if first != rule:
-            raise ValueError(
-                f"FSDP has flattened {name!r} (rule {first.name!r}) and {info.name!r} (rule {rule.name!r}) into one "
-                "parameter, which can have only one weight decay. Use FSDP with use_orig_params=True."
-            )
-    return list(flat.values())
+    return [(info.name, info.parameter, rule) for info, rule in rules_by_group(model, rules, root)]
 
 
-def assign_rules(model: nn.Module, rules: Rules = "default", root: nn.Module | None = None) -> dict[str, DecayRule]:
-    """Return the rule of every parameter by its qualified name, frozen ones too, tied ones once.
+def rules_by_group(
+    model: nn.Module, rules: Rules = "default", root: nn.Module | None = None, optimizers: Optimizers | None = None
+) -> list[tuple[ParameterInfo, DecayRule]]:
+    """Return the rule of every parameter, and where rules ask for it, in each group that has the parameter.
 
     Args:
         model: Any module; names are free of what wrappers put into them.
         rules: See `resolve_rules`.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
+        optimizers: Those that rules with `group` or `optimizer` go by.
 
     Raises:
-        ValueError: If a rule matches nothing, or no rule covers a parameter.
+        ValueError: If a rule matches nothing or asks for optimizers that are not given, no rule covers a parameter, or
+            a flat parameter mixes rules.
+        RuntimeError: If the shape of a parameter is not known.
+    """
+    flat: dict[tuple[int, int], tuple[ParameterInfo, DecayRule]] = {}
+    for info, rule in _assigned(model, rules, root, optimizers):
+        key = id(info.parameter), id(info.member and info.member.group)
+        known, first = flat.setdefault(key, (info, rule))
+        if first != rule:
+            raise ValueError(
+                f"FSDP has flattened {known.name!r} (rule {first.name!r}) and {info.name!r} (rule {rule.name!r}) into "
+                "one parameter, which can have only one weight decay. Use FSDP with use_orig_params=True."
+            )
+    return list(flat.values())
+
+
+def assign_rules(
+    model: nn.Module,
+    rules: Rules = "default",
+    root: nn.Module | None = None,
+    *,
+    optimizers: Optimizers | None = None,
+) -> dict[str, DecayRule]:
+    """Return the rule of every parameter by its qualified name, frozen ones too, tied ones once.
+
+    Of a parameter that several groups have it is the rule in the first of them.
+
+    Args:
+        model: Any module; names are free of what wrappers put into them.
+        rules: See `resolve_rules`.
+        root: The module that a strategy wrapped the model in, for shapes under FSDP1.
+        optimizers: One or several, which rules with `group` or `optimizer` go by.
+
+    Raises:
+        ValueError: If a rule matches nothing or asks for optimizers that are not given, or no rule covers a parameter.
         RuntimeError: If the shape of a parameter is not known.
 
     >>> from torch import nn
     >>> {name: rule.name for name, rule in assign_rules(nn.Linear(2, 1)).items()}
     {'weight': 'decay', 'bias': 'no_decay'}
     """
-    infos = describe_parameters(model, root)
-    return dict(zip((info.name for info in infos), _choose(infos, resolve_rules(rules)), strict=True))
+    assigned: dict[str, DecayRule] = {}
+    for info, rule in _assigned(model, rules, root, optimizers):
+        assigned.setdefault(info.name, rule)
+    return assigned
 
 
 def decayed_exemptions(
-    model: nn.Module, rules: Rules = "default", root: nn.Module | None = None
+    model: nn.Module, rules: Rules = "default", root: nn.Module | None = None, optimizers: Optimizers | None = None
 ) -> dict[str, list[str]]:
     """Return what rules with conditions decay although the default exempts it, by the rule's name.
 
@@ -118,14 +153,14 @@ def decayed_exemptions(
         model: Any module.
         rules: See `resolve_rules`.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
+        optimizers: Those that rules with `group` or `optimizer` go by.
 
     >>> from torch import nn
     >>> decayed_exemptions(nn.Linear(2, 1), [DecayRule("all_of_it", modules=("Linear",)), "default"])
     {'all_of_it': ['bias']}
     """
-    infos = describe_parameters(model, root)
     found: dict[str, list[str]] = {}
-    for info, rule in zip(infos, _choose(infos, resolve_rules(rules)), strict=True):
+    for info, rule in _assigned(model, rules, root, optimizers):
         if info.exempt and rule.resolve(1.0) and not rule.is_catch_all:
             found.setdefault(rule.name, []).append(info.name)
     return found
@@ -139,12 +174,12 @@ def decay_param_groups(
     Args:
         model: Any module.
         weight_decay: Base weight decay, as of torch optimizers.
-        rules: See `resolve_rules`.
+        rules: See `resolve_rules`; none can ask for an optimizer, which these groups are still to make.
         root: The module that a strategy wrapped the model in, for shapes under FSDP1.
 
     Raises:
-        ValueError: If the weight decay is negative or not finite, a rule matches nothing, or no rule covers a
-            parameter.
+        ValueError: If the weight decay is negative or not finite, a rule matches nothing or asks for optimizers, or no
+            rule covers a parameter.
 
     >>> import torch
     >>> groups = decay_param_groups(torch.nn.Linear(2, 1), weight_decay=0.1)
@@ -191,6 +226,26 @@ def _check_unique(rules: Sequence[DecayRule]) -> None:
             )
 
 
+def _assigned(
+    model: nn.Module, rules: Rules, root: nn.Module | None, optimizers: Optimizers | None = None
+) -> list[tuple[ParameterInfo, DecayRule]]:
+    """Return the rule of each parameter; where rules ask for it, in each group that has the parameter."""
+    resolved = resolve_rules(rules)
+    infos = describe_parameters(model, root)
+    asking = next((rule for rule in resolved if rule.asks_optimizers), None)
+    if asking is not None:
+        if optimizers is None:
+            raise ValueError(
+                f"Rule {asking.name!r} asks for a group or an optimizer (group={asking.group!r}, "
+                f"optimizer={asking.optimizer!r}), and no optimizer is known here. Use the rule in WeightDecay, or "
+                "give `optimizers` to assign_rules."
+            )
+        groups = memberships(optimizers)
+        nowhere: list[Membership | None] = [None]
+        infos = [replace(info, member=one) for info in infos for one in groups.get(info.parameter, nowhere)]
+    return list(zip(infos, _choose(infos, resolved), strict=True))
+
+
 def _choose(infos: list[ParameterInfo], rules: tuple[DecayRule, ...]) -> list[DecayRule]:
     """Return for each parameter the first rule that matches."""
     winners = [next((rule for rule in rules if rule.matches(info)), None) for info in infos]
@@ -198,7 +253,7 @@ def _choose(infos: list[ParameterInfo], rules: tuple[DecayRule, ...]) -> list[De
     used = {rule.name for rule in chosen}
     for rule in rules:
         if rule.name not in used and not rule.optional and not rule.is_catch_all:
-            raise ValueError(_unused_message(rule, rules, infos))
+            raise ValueError(unused_message(rule, rules, infos))
     if len(chosen) < len(infos):
         uncovered = [info for info, rule in zip(infos, winners, strict=True) if rule is None]
         owner = type(uncovered[0].places[0].owner).__name__
@@ -210,9 +265,9 @@ def _choose(infos: list[ParameterInfo], rules: tuple[DecayRule, ...]) -> list[De
 
 
 def _expand_layers(infos: list[ParameterInfo], chosen: list[DecayRule]) -> list[DecayRule]:
-    """Replace each rule with a layer decay by one rule a layer."""
+    """Replace each rule with a layer multiplier by one rule a layer."""
     depths = [
-        _depth(info, rule) if rule.layer_decay is not None else 0 for info, rule in zip(infos, chosen, strict=True)
+        _depth(info, rule) if rule.layer_multiplier is not None else 0 for info, rule in zip(infos, chosen, strict=True)
     ]
     last: dict[str, int] = {}
     for rule, depth in zip(chosen, depths, strict=True):
@@ -225,14 +280,14 @@ def _expand_layers(infos: list[ParameterInfo], chosen: list[DecayRule]) -> list[
 
 
 def _of_layer(rule: DecayRule, depth: int, last: int) -> DecayRule:
-    if rule.layer_decay is None:
+    if rule.layer_multiplier is None:
         return rule
-    factor = rule.layer_decay ** (last - depth)
+    factor = rule.layer_multiplier ** (last - depth)
     name = f"{rule.name}_{depth}"
     if rule.weight_decay is not None:
-        return replace(rule, name=name, layer_decay=None, weight_decay=rule.weight_decay * factor)
+        return replace(rule, name=name, layer_multiplier=None, weight_decay=rule.weight_decay * factor)
     multiplier = 1.0 if rule.multiplier is None else rule.multiplier
-    return replace(rule, name=name, layer_decay=None, multiplier=multiplier * factor)
+    return replace(rule, name=name, layer_multiplier=None, multiplier=multiplier * factor)
 
 
 def _depth(info: ParameterInfo, rule: DecayRule) -> int:
@@ -241,43 +296,6 @@ def _depth(info: ParameterInfo, rule: DecayRule) -> int:
         if match is not None and (match[1] or "").isdecimal():
             return int(match[1])
     raise ValueError(
-        f"Rule {rule.name!r} has a layer_decay, so the first group of its pattern {rule.pattern!r} must be the layer's "
-        rf"number, as in 'layers\.(\d+)\.', but it is not for {info.name!r}."
+        f"Rule {rule.name!r} has a layer_multiplier, so the first group of its pattern {rule.pattern!r} must be the "
+        rf"layer's number, as in 'layers\.(\d+)\.', but it is not for {info.name!r}."
     )
-
-
-def _unused_message(rule: DecayRule, rules: tuple[DecayRule, ...], infos: list[ParameterInfo]) -> str:
-    conditions = ", ".join(f"{name}={value!r}" for name, value in rule.conditions().items())
-    matched = [info for info in infos if rule.matches(info)]
-    if matched:
-        winner = next(other.name for other in rules if other.matches(matched[0]))
-        return (
-            f"Rule {rule.name!r} decides on no parameter ({conditions}): rules before it take all that it matches, "
-            f"such as {matched[0].name!r}, taken by {winner!r}. Move it up."
-        )
-    return f"Rule {rule.name!r} matched no parameter ({conditions}). {_closest(rule, infos)}"
-
-
-def _closest(rule: DecayRule, infos: list[ParameterInfo]) -> str:
-    """Say which names, or classes of modules, are most like what a rule looks for."""
-    if rule.pattern is not None and (names := _closest_names(rule.pattern, infos)):
-        return f"Closest names: {', '.join(map(repr, names))}."
-    if rule.modules and infos:
-        owners = {name: None for info in infos for name in class_names(info.places[0].owner)[:-2]}
-        wanted = [module if isinstance(module, str) else module.__name__ for module in rule.modules]
-        close = [name for module in wanted for name in get_close_matches(module.rpartition(".")[2], owners)]
-        return f"Closest classes: {', '.join(map(repr, close or list(owners)[:5]))}."
-    return "If a model may have none, set optional=True."
-
-
-def _closest_names(pattern: str, infos: list[ParameterInfo]) -> list[str]:
-    """Return up to three names with a part most like the literal part of a pattern."""
-    literal = re.sub(r"\\[a-zA-Z]|[\\^$*+?()\[\]{}|]", "", pattern).strip(".")
-    length = literal.count(".") + 1
-    windows: dict[str, list[str]] = {}
-    for info in infos:
-        parts = info.name.split(".")
-        for start in range(len(parts) - length + 1):
-            windows.setdefault(".".join(parts[start : start + length]), []).append(info.name)
-    close = [name for window in get_close_matches(literal, windows) for name in windows[window]]
-    return list(dict.fromkeys(close))[:3]

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 from torch.nn.utils import parametrize
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from torch import nn
 
 # Layers that multiply by their weight: a `NormLinear` that derives from Linear is no normalisation layer.
 _WEIGHT_LAYERS = frozenset(
     {"Linear", "Bilinear", "_ConvNd", "Embedding", "EmbeddingBag", "RNNBase", "RNNCellBase", "MultiheadAttention"}
 )
+# The same by the end of a class name, for those that derive from none of them, such as a `QuantLinear`.
+_WEIGHT_CLASS = re.compile(r"(?:Linear|Conv(?:Transpose)?(?:[1-3N][dD])?|Dense|Embedding|(?:GRU|LSTM|RNN)(?:Cell)?)$")
 # In a class name the last noun tells what it is: `EncoderRMSNorm` is a normalisation, `RMSNormEncoder` is none.
 _NORM_CLASS = re.compile(
     r"(?:(?<!Weight)(?<!Spectral)[Nn]orm(?:ali[sz]ation)?(?![a-z])|(?<![A-Z])(?:[FGL]RN|BN|GN|LN)(?![A-Za-z]))(?P<rest>.*)"
@@ -48,7 +52,13 @@ def is_norm(module: nn.Module, attribute: str = "") -> bool:
     """
     by_class = _names_norm(class_names(module))
     named = by_class if by_class is not None else _NORM_ATTRIBUTE.search(attribute.lower()) is not None
-    return named and all(_WEIGHT_LAYERS.isdisjoint(class_names(part)) for part in module.modules())
+    return named and not any(_multiplies(class_names(part)) for part in module.modules())
+
+
+@lru_cache(maxsize=1024)
+def _multiplies(names: tuple[str, ...]) -> bool:
+    """Decide by the names of a class and its bases whether it is a layer that multiplies by its weight."""
+    return not _WEIGHT_LAYERS.isdisjoint(names) or any(_WEIGHT_CLASS.search(name) for name in names)
 
 
 @lru_cache(maxsize=1024)
@@ -79,6 +89,23 @@ def is_bias(owner: nn.Module, attribute: str, tensor: str) -> bool:
     if _BIAS.search(tensor) is not None:
         return True
     return _BIAS.search(attribute) is not None and not _TABLES.isdisjoint(class_names(owner))
+
+
+def is_gain(owners: Iterable[nn.Module], shape: Sequence[int]) -> bool:
+    """Return whether a parameter is a vector, or a number, that is stored with further dimensions of size 1.
+
+    A layer scale of shape (C, 1, 1) or a class token of shape (1, 1, C) does what one of shape (C,) does, which is
+    exempt. A kernel of such a shape is none: its owner tells, a layer that multiplies by its weight.
+
+    Args:
+        owners: The modules that have the parameter, several for a tied one.
+        shape: Its shape before any sharding.
+
+    >>> from torch import nn
+    >>> is_gain([nn.Module()], (8, 1, 1)), is_gain([nn.Conv2d(8, 8, 1, groups=8)], (8, 1, 1, 1))
+    (True, False)
+    """
+    return sum(size != 1 for size in shape) <= 1 and not any(_multiplies(class_names(owner)) for owner in owners)
 
 
 def is_weight_norm_magnitude(holder: nn.Module, leaf: str) -> bool:

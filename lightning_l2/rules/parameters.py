@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_l2.rules.exemptions import class_names, is_bias, is_norm, is_weight_norm_magnitude
+from lightning_l2.rules.exemptions import class_names, is_bias, is_gain, is_norm, is_weight_norm_magnitude
 from lightning_l2.sharding import is_flat_parameter, is_flat_piece, shapes_before_flattening, show_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+
+    from lightning_l2.rules.memberships import Membership
 
 # Names under which wrappers keep the wrapped module, and that are no name of a user's.
 _PRIVATE_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -72,7 +74,9 @@ class ParameterInfo:
         parameter: The parameter, or the flat one that holds it.
         ndim: Number of dimensions before any sharding.
         places: All its names and owners.
-        exempt: Whether it is commonly not decayed: 0-D or 1-D, exempt at one of its places, or declared by the model.
+        exempt: Whether it is commonly not decayed: 0-D or 1-D, also behind dimensions of size 1, exempt at one of its
+            places, or declared by the model.
+        member: The group that has it, where optimizers were asked for, in a description for each group.
     """
 
     name: str
@@ -80,6 +84,7 @@ class ParameterInfo:
     ndim: int
     places: tuple[Place, ...]
     exempt: bool
+    member: Membership | None = None
 
 
 class _Site(NamedTuple):
@@ -108,21 +113,22 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
     sites = list(_sites(model))
     shapes = shapes_before_flattening(model if root is None else root)
     site_of = {id(site.holder): site for site in sites}
-    found: dict[tuple[int, str], tuple[nn.Parameter, int, list[Place]]] = {}
+    found: dict[tuple[int, str], tuple[nn.Parameter, torch.Size, list[Place]]] = {}
     for site in sites:
         for leaf, parameter in site.holder.named_parameters(recurse=False):
             if is_flat_parameter(parameter):
-                for place, ndim in _flattened(parameter, site_of):
-                    found.setdefault((id(parameter), place.name), (parameter, ndim, []))[2].append(place)
+                for place, shape in _flattened(parameter, site_of):
+                    found.setdefault((id(parameter), place.name), (parameter, shape, []))[2].append(place)
             else:
-                place, ndim = _place(site, leaf), _ndim(parameter, _join(site.path, leaf), shapes)
-                found.setdefault((id(parameter), ""), (parameter, ndim, []))[2].append(place)
+                place, shape = _place(site, leaf), _shape(parameter, _join(site.path, leaf), shapes)
+                found.setdefault((id(parameter), ""), (parameter, shape, []))[2].append(place)
     declared = _declared_names(sites, {place.name for _, _, places in found.values() for place in places})
     infos = []
-    for parameter, ndim, places in found.values():
-        exempt = ndim <= 1 or bool(getattr(parameter, "_no_weight_decay", False))
+    for parameter, shape, places in found.values():
+        exempt = len(shape) <= 1 or bool(getattr(parameter, "_no_weight_decay", False))
         exempt = exempt or any(place.exempt or place.name in declared for place in places)
-        infos.append(ParameterInfo(places[0].name, parameter, ndim, tuple(places), exempt))
+        exempt = exempt or is_gain([place.owner for place in places], shape)
+        infos.append(ParameterInfo(places[0].name, parameter, len(shape), tuple(places), exempt))
     return infos
 
 
@@ -182,8 +188,8 @@ def _place(site: _Site, leaf: str) -> Place:
     return Place(_join(site.path, leaf), site.owner, site.before_norm, exempt)
 
 
-def _ndim(parameter: nn.Parameter, name: str, shapes: dict[int, torch.Size]) -> int:
-    """Return the number of dimensions before FSDP1 or DeepSpeed ZeRO-3 (`ds_shape`) flattened the parameter."""
+def _shape(parameter: nn.Parameter, name: str, shapes: dict[int, torch.Size]) -> torch.Size:
+    """Return the shape before FSDP1 or DeepSpeed ZeRO-3 (`ds_shape`) flattened the parameter."""
     if is_lazy(parameter):
         raise RuntimeError(
             f"The lazy parameter {name!r} has no shape yet, so no rule can decide on it. "
@@ -195,13 +201,13 @@ def _ndim(parameter: nn.Parameter, name: str, shapes: dict[int, torch.Size]) -> 
             "outside of the module. Give the outermost module as `root` (in Lightning `trainer.strategy.model`), or "
             "decide before the module is wrapped."
         )
-    return len(shapes.get(id(parameter), getattr(parameter, "ds_shape", parameter.shape)))
+    return shapes.get(id(parameter), getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _flattened(flat: Any, site_of: dict[int, _Site]) -> Iterator[tuple[Place, int]]:
+def _flattened(flat: Any, site_of: dict[int, _Site]) -> Iterator[tuple[Place, torch.Size]]:
     """Yield the original parameters within a flat parameter of FSDP1 (`use_orig_params=False`)."""
     for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
-        yield _place(site_of[id(info.module)], info.param_name), len(shape)
+        yield _place(site_of[id(info.module)], info.param_name), shape
 
 
 def _declared_names(sites: list[_Site], names: set[str]) -> set[str]:

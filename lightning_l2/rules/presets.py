@@ -16,7 +16,7 @@ _POSITIONS = (
 )
 
 PRESETS: dict[str, tuple[DecayRule, ...]] = {
-    # All but biases, normalisation layers, 0-D and 1-D parameters and what the model declares.
+    # All but biases, normalisation layers, vectors, numbers and what the model declares.
     "default": (_NO_DECAY, _DECAY),
     # The same, with a group of each matrix, for schedules that give each its own weight decay.
     "per_matrix": (_NO_DECAY, replace(_DECAY, per_parameter=True)),

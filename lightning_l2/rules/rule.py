@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_l2.arguments import check_types
+from lightning_l2.rules.memberships import is_called
 
 if TYPE_CHECKING:
     from lightning_l2.rules.parameters import ParameterInfo
@@ -30,18 +31,22 @@ class DecayRule:
         modules: Classes, or names of classes, of the module that owns the parameter, one or several; derived classes
             count.
         max_ndim: Largest number of dimensions.
+        group: Name (`group["name"]`) or index of the parameter group that the optimizer has the parameter in.
+        optimizer: Name of the class of the optimizer that has the parameter, or of one that wraps it; not of a base
+            class, so `Adam` is no `AdamW`.
         weight_decay: Absolute weight decay, as of torch optimizers (gradient of $weight_decay / 2 * \|w\|^2$).
         multiplier: Weight decay relative to the base value, dimensionless.
-        default_exemptions: Only parameters that the default rules exempt: 0-D and 1-D ones, biases, those of
-            normalisation layers, and those that the model declares (`no_weight_decay()`, `_no_weight_decay`).
+        default_exemptions: Only parameters that the default rules exempt: 0-D and 1-D ones, also behind dimensions of
+            size 1, biases, those of normalisation layers, and those that the model declares (`no_weight_decay()`,
+            `_no_weight_decay`).
         before_norm: Only parameters of layers directly followed by a normalisation layer, in the order in which their
             parent registers them.
         optional: Allow the rule to match nothing.
         per_parameter: Make a group of each parameter, called `<name>/<parameter's name>`, as schedules need that give
             each matrix its own weight decay (`AlphaDecay`). A step takes longer with many groups: 3.4 times with 400
             small ones.
-        layer_decay: Ratio of the weight decays of two successive layers; the first group of `pattern` is the layer's
-            number, the last layer has the full weight decay, the one before `layer_decay` times that, and so on.
+        layer_multiplier: Ratio of the weight decays of two successive layers; the first group of `pattern` is the
+            layer's number, the last layer has the full weight decay, the one before `layer_multiplier` times that.
         towards: What the weights decay towards: `"zero"`, or the `"start"`, the weights that training began with; None
             for what the callback says.
 
@@ -57,13 +62,15 @@ class DecayRule:
     pattern: str | None = field(default=None, kw_only=True)
     modules: str | tuple[str | type, ...] = field(default=(), kw_only=True)
     max_ndim: int | None = field(default=None, kw_only=True)
+    group: int | str | None = field(default=None, kw_only=True)
+    optimizer: str | None = field(default=None, kw_only=True)
     weight_decay: float | None = field(default=None, kw_only=True)
     multiplier: float | None = field(default=None, kw_only=True)
     default_exemptions: bool = field(default=False, kw_only=True)
     before_norm: bool = field(default=False, kw_only=True)
     optional: bool = field(default=False, kw_only=True)
     per_parameter: bool = field(default=False, kw_only=True)
-    layer_decay: float | None = field(default=None, kw_only=True)
+    layer_multiplier: float | None = field(default=None, kw_only=True)
     towards: Literal["zero", "start"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -79,7 +86,11 @@ class DecayRule:
                 raise TypeError(f"Rule {self.name!r}: modules must be classes or names of classes, got {module!r}.")
         if self.max_ndim is not None and (type(self.max_ndim) is not int or self.max_ndim < 0):
             raise ValueError(f"Rule {self.name!r}: max_ndim must be an integer of at least 0, got {self.max_ndim!r}.")
-        for option in ("weight_decay", "multiplier", "layer_decay"):
+        if isinstance(self.group, int) and not isinstance(self.group, bool) and self.group < 0:
+            raise ValueError(
+                f"Expected `group` of rule {self.name!r} to be an index of at least 0, or a name, got {self.group}."
+            )
+        for option in ("weight_decay", "multiplier", "layer_multiplier"):
             if (value := getattr(self, option)) is not None:
                 check_weight_decay(value, f"Rule {self.name!r}: {option}")
         if self.weight_decay is not None and self.multiplier is not None:
@@ -100,14 +111,20 @@ class DecayRule:
             try:
                 groups = re.compile(self.pattern).groups
             except re.error as error:
+                meant = f" As one, the glob is {as_regular_expression(self.pattern)!r}." if "*" in self.pattern else ""
                 raise ValueError(
-                    f"Rule {self.name!r}: pattern {self.pattern!r} is not a regular expression: {error}."
+                    f"Rule {self.name!r}: pattern {self.pattern!r} is not a regular expression: {error}.{meant}"
                 ) from error
-        if self.layer_decay is not None and not groups:
+        if self.layer_multiplier is not None and not groups:
             raise ValueError(
-                f"Rule {self.name!r} has layer_decay={self.layer_decay}, so its pattern must have a group that is the "
-                rf"layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
+                f"Rule {self.name!r} has layer_multiplier={self.layer_multiplier}, so its pattern must have a group "
+                rf"that is the layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
             )
+
+    @property
+    def asks_optimizers(self) -> bool:
+        """Whether the rule can only be decided where the optimizers are known."""
+        return self.group is not None or self.optimizer is not None
 
     @property
     def is_catch_all(self) -> bool:
@@ -116,7 +133,7 @@ class DecayRule:
 
     def conditions(self) -> dict[str, object]:
         """Return the conditions that are given, by the names of their arguments."""
-        names = ("pattern", "modules", "max_ndim", "default_exemptions", "before_norm")
+        names = ("pattern", "modules", "max_ndim", "group", "optimizer", "default_exemptions", "before_norm")
         values = {name: getattr(self, name) for name in names}
         return {
             name: value for name, value in values.items() if value is not None and value is not False and value != ()
@@ -146,6 +163,8 @@ class DecayRule:
             return False
         if self.default_exemptions and not info.exempt:
             return False
+        if self.asks_optimizers and (info.member is None or not info.member.is_in(self.group, self.optimizer)):
+            return False
         return any(
             (self.pattern is None or re.search(self.pattern, place.name) is not None)
             and (not self.modules or any(is_of_class(place.owner, module) for module in self.modules))
@@ -169,8 +188,20 @@ def is_of_class(module: nn.Module, wanted: str | type) -> bool:
         classes += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if isinstance(wanted, type):
         return isinstance(module, wanted) or wanted in classes
-    package, dot, name = wanted.rpartition(".")
-    return any(cls.__name__ == name and f"{cls.__module__}.".startswith(package + dot) for cls in classes)
+    return any(is_called(cls, wanted) for cls in classes)
+
+
+def as_regular_expression(glob: str) -> str:
+    r"""Return the regular expression to search for that matches what a glob matches.
+
+    Args:
+        glob: A pattern in which `*` stands for any text and `?` for one character.
+
+    >>> print(as_regular_expression("*.bias"), as_regular_expression("head.*"), as_regular_expression("a?c"))
+    \.bias$ ^head\. ^a.c$
+    """
+    escaped = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in glob)
+    return f"^{escaped}$".removeprefix("^.*").removesuffix(".*$")
 
 
 def check_weight_decay(value: Any, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 
 
@@ -37,6 +38,14 @@ class Schedule(ABC):
             ValueError: If `progress` is outside [0, 1].
         """
 
+    def over(self, length: float) -> Schedule:
+        """Return the schedule as it is in a training of a known length: itself, unless it counts in steps.
+
+        Args:
+            length: Steps of the training, or of the share of it that the schedule has.
+        """
+        return self
+
 
 def check_progress(progress: float) -> float:
     """Return `progress`, or raise a `ValueError` if it is not within [0, 1]."""
@@ -46,6 +55,24 @@ def check_progress(progress: float) -> float:
             "training: 0 at the first optimizer step, 1 at the last one."
         )
     return progress
+
+
+def part_of(edges: Sequence[float], progress: float) -> tuple[int, float]:
+    """Return which part of the training a progress lies in, and the progress within that part.
+
+    The progress of a step within parts of parts is off by rounding errors. A step that is nearer than 1e-9 to an edge
+    is on it, so jumps come in their exact step.
+
+    Args:
+        edges: Where each part begins, then where the last one ends, strictly increasing from 0 to 1.
+        progress: Fraction of the training, 0 to 1.
+
+    >>> part_of([0.0, 0.25, 1.0], 0.25), part_of([0.0, 0.25, 1.0], 1.0)
+    ((1, 0.0), (1, 1.0))
+    """
+    index = min(bisect_right(edges, check_progress(progress) + 1e-9), len(edges) - 1) - 1
+    left, right = edges[index], edges[index + 1]
+    return index, min(max((progress - left) / (right - left), 0.0), 1.0)
 
 
 def check_milestones(schedule: object, name: str, milestones: Sequence[float]) -> None:

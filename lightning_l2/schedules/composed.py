@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
-from lightning_l2.arguments import check_not_negative, check_types
-from lightning_l2.schedules.base import Schedule, blend, check_milestones, check_part, check_progress
+from lightning_l2.arguments import check_not_negative, check_positive, check_types
+from lightning_l2.schedules.base import Schedule, blend, check_milestones, check_part, check_progress, part_of
+from lightning_l2.schedules.shapes import ConstantSchedule
 
 
 @final
@@ -59,7 +62,8 @@ class StepSchedule(Schedule):
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
-        return self._levels()[bisect_right(self.milestones, check_progress(progress))]
+        # see `part_of`
+        return self._levels()[bisect_right(self.milestones, check_progress(progress) + 1e-9)]
 
 
 @final
@@ -107,17 +111,20 @@ class PiecewiseSchedule(Schedule):
 class WarmupSchedule(Schedule):
     """Rise in a straight line to the first value of another schedule, then follow that one.
 
-    $f(progress) = then(0) * (start + (1 - start) * progress / fraction)$ while `progress < fraction`, and
-    $f(progress) = then((progress - fraction) / (1 - fraction))$ from there on.
+    $f(progress) = then(0) * (start + (1 - start) * progress / fraction)$ while $progress < fraction$, and
+    $f(progress) = then((progress - fraction) / (1 - fraction))$ from there on. With `steps` the fraction follows from
+    the length of the training: step `steps`, counted from 0, is the first that has $then(0)$.
 
     Args:
-        fraction: Fraction of the training that warms up, at least 0 and below 1.
-        then: The schedule that follows; it sees progress 0 to 1 over the rest of the training.
+        fraction: Fraction of the training that warms up, at least 0 and below 1; or give `steps`.
+        then: The schedule that follows, None for a multiplier of 1; it sees progress 0 to 1 over the rest.
         start: Share of `then(0)` at the first step, dimensionless, at least 0.
+        steps: Steps that warm up, above 0, whatever the length of the training; epochs where a scheduler counts them.
 
     Raises:
         TypeError: If `then` is not a `Schedule`.
-        ValueError: If `fraction` is outside [0, 1) or `start` is negative or not finite.
+        ValueError: If not one of `fraction` and `steps` is given, `fraction` is outside [0, 1), `steps` is not above 0,
+            or `start` is negative or not finite; if it counts in steps and nobody said how many there are (`over`).
 
     Source: Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", arXiv 1706.02677, 2017.
 
@@ -125,27 +132,68 @@ class WarmupSchedule(Schedule):
     >>> schedule = WarmupSchedule(0.5, LinearSchedule(2.0, 1.0))
     >>> [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 1.0, 2.0, 1.5, 1.0]
+    >>> schedule = WarmupSchedule(steps=2).over(5)
+    >>> [schedule(step / 4) for step in range(5)]
+    [0.0, 0.5, 1.0, 1.0, 1.0]
     """
 
-    fraction: float
-    then: Schedule
+    fraction: float | None = None
+    then: Schedule | None = None
     start: float = field(default=0.0, kw_only=True)
+    steps: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_part(self, "then", self.then)
+        if self.then is not None:
+            check_part(self, "then", self.then)
         check_types(type(self), vars(self))
-        if not 0.0 <= self.fraction < 1.0:
+        if (self.fraction is None) == (self.steps is None):
+            raise ValueError(
+                f"Expected one of `fraction` and `steps` of WarmupSchedule, got fraction={self.fraction} and "
+                f"steps={self.steps}."
+            )
+        if self.steps is not None:
+            check_positive(steps=self.steps)
+        if self.fraction is not None and not 0.0 <= self.fraction < 1.0:
             raise ValueError(
                 f"WarmupSchedule needs a `fraction` within [0, 1), but got {self.fraction}. It is a fraction of the "
-                "training, not a number of steps."
+                "training; a number of steps is `steps`."
             )
         check_not_negative(start=self.start)
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
+        if self.fraction is None:
+            raise ValueError(f"WarmupSchedule(steps={self.steps}) needs the length of the training: call `over` first.")
+        return _Warmup(self.fraction, self.then or ConstantSchedule(), self.start)(progress)
+
+    def over(self, length: float) -> Schedule:
+        """Return the schedule of a training of so many steps."""
+        span, fraction = length - 1, self.fraction or 0.0
+        if self.steps is not None:
+            fraction = self.steps / span if span > 0 else math.inf
+            if fraction > 1 and span > 0:
+                warnings.warn(
+                    f"WarmupSchedule warms up over {self.steps} steps of a training that has {length:g}: "
+                    f"it ends at {1 / fraction:.3g} of the way.",
+                    stacklevel=2,
+                )
+        then = (self.then or ConstantSchedule()).over(1 + max(0.0, 1 - fraction) * span)
+        return _Warmup(fraction, then, self.start)
+
+
+@final
+@dataclass(frozen=True)
+class _Warmup(Schedule):
+    """A warm-up over a fraction of the training that is known, also one that the training doesn't live to see end."""
+
+    fraction: float
+    then: Schedule
+    start: float
+
+    def __call__(self, progress: float) -> float:
         if check_progress(progress) < self.fraction:
             return self.then(0.0) * blend(self.start, 1.0, progress / self.fraction)
-        return self.then((progress - self.fraction) / (1.0 - self.fraction))
+        return self.then((progress - self.fraction) / (1.0 - self.fraction) if self.fraction < 1 else 0.0)
 
 
 @final
@@ -197,6 +245,11 @@ class SequenceSchedule(Schedule):
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
-        index = bisect_right(self.milestones, check_progress(progress))
-        edges = (0.0, *self.milestones, 1.0)
-        return self.schedules[index]((progress - edges[index]) / (edges[index + 1] - edges[index]))
+        index, within = part_of((0.0, *self.milestones, 1.0), progress)
+        return self.schedules[index](within)
+
+    def over(self, length: float) -> Schedule:
+        """Return the schedule with parts that know how many steps their share has."""
+        shares = [right - left for left, right in itertools.pairwise((0.0, *self.milestones, 1.0))]
+        parts = [part.over(1 + share * (length - 1)) for part, share in zip(self.schedules, shares, strict=True)]
+        return replace(self, schedules=parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,7 +10,7 @@ from itertools import pairwise
 from typing import final
 
 from lightning_l2.arguments import check_fraction, check_not_negative, check_positive, check_types
-from lightning_l2.schedules.base import Schedule, blend, check_progress
+from lightning_l2.schedules.base import Schedule, blend, check_progress, part_of
 from lightning_l2.schedules.shapes import cosine_weight
 
 
@@ -104,9 +103,7 @@ class CosineRestartsSchedule(Schedule):
 
     def __call__(self, progress: float) -> float:
         """Return the multiplier at a fraction of the training."""
-        edges = _edges(self.cycles, self.growth)
-        cycle = min(bisect_right(edges, check_progress(progress)), self.cycles) - 1
-        phase = (progress - edges[cycle]) / (edges[cycle + 1] - edges[cycle])
+        _, phase = part_of(_edges(self.cycles, self.growth), progress)
         return blend(self.start, self.end, cosine_weight(phase))
 
 

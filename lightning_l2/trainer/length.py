@@ -134,7 +134,15 @@ def training_setup(trainer: Any, group: Mapping[str, Any]) -> TrainingSetup:
         epochs=_epochs(trainer, steps),
         batch_size=batch_size and batch_size * accumulation(trainer, 0) * replicas,
         samples=_length(getattr(loader, "dataset", None)),
+        steps=_total_steps_if_known(trainer),
     )
+
+
+def _total_steps_if_known(trainer: Any) -> int | None:
+    try:
+        return total_steps(trainer)
+    except MisconfigurationException:
+        return None
 
 
 def _epochs(trainer: Any, steps: int | None) -> float | None:

@@ -397,11 +397,11 @@ def test_preview_draws_lambda_of_each_rule(tmp_path, monkeypatch) -> None:
     }
 
 
-def test_preview_of_absolute_values_keeps_the_proportions(tmp_path, monkeypatch) -> None:
+def test_preview_of_absolute_values_stand_for_the_base(tmp_path, monkeypatch) -> None:
     absolute = SCHEDULER.replace("init_args:\n", "init_args:\n        values: weight_decay\n", 1)
     drawn = previewed(tmp_path, f"fit:\n  trainer:\n    callbacks:{DECAY}{absolute}".replace("\n", "\n  "), monkeypatch)
-    assert drawn["head"] == (0, 1, 1.0, 10.0)
-    assert drawn["decay"] == (0, 1, 0.5, 5.0)
+    assert drawn["head"] == (0, 1, 2.0, 20.0)
+    assert drawn["decay"] == (0, 1, 1.0, 10.0)
 
 
 def test_preview_takes_lambda_of_the_optimizer(tmp_path, monkeypatch) -> None:

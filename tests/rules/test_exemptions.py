@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_l2.rules.exemptions import is_bias, is_norm, is_weight_norm_magnitude
+from lightning_l2.rules.exemptions import is_bias, is_gain, is_norm, is_weight_norm_magnitude
 
 TORCH_NORMS = [
     nn.BatchNorm1d(2),
@@ -136,6 +136,37 @@ def test_a_class_that_says_nothing_is_decided_by_its_attribute(attribute):
 def test_attributes_that_are_no_norms(attribute):
     scale = type("Scale", (nn.Module,), {})()
     assert not is_norm(scale, attribute)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("QuantLinear", False), ("Conv1D", False), ("ScaledStdConv2d", False), ("BitDense", False), ("Rotary", True)],
+)
+def test_a_block_with_a_weight_layer_of_anybodys_own_is_no_norm(name, expected):
+    block = type("ActNorm", (nn.Module,), {})()
+    block.layer, block.norm = type(name, (nn.Module,), {})(), nn.LayerNorm(2)
+    assert is_norm(block, "x") is expected
+
+
+@pytest.mark.parametrize(
+    ("owner", "shape", "expected"),
+    [
+        (nn.Module(), (4, 1, 1), True),
+        (nn.Module(), (1, 1, 1), True),
+        (nn.Module(), (4,), True),
+        (nn.Module(), (), True),
+        (nn.Module(), (4, 1, 2), False),
+        (nn.Module(), (0, 4), False),
+        (type("EmbeddingsBlock", (nn.Module,), {})(), (1, 1, 4), True),
+        (type("ConvNeXtBlock", (nn.Module,), {})(), (4, 1, 1), True),
+        (type("Embedding", (nn.Module,), {})(), (1, 4), False),
+        (type("LinearLSTM", (nn.Module,), {})(), (1, 4), False),
+        (nn.Bilinear(1, 1, 4), (4, 1, 1), False),
+        (nn.ConvTranspose1d(1, 4, 1), (1, 4, 1), False),
+    ],
+)
+def test_gains_by_shape_and_owner(owner, shape, expected):
+    assert is_gain([owner], shape) is expected
 
 
 def test_an_attribute_called_norm_makes_no_norm_of_another_layer():

@@ -207,6 +207,29 @@ def test_a_parametrized_bias_is_a_bias_of_any_shape():
     assert exempt(layer) == {"parametrizations.bias.original"}
 
 
+def test_vectors_behind_dimensions_of_size_1():
+    """As layer scales, gains of IA3, class tokens; kernels of such shapes decay, and what is tied to one does too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer_scale, self.class_token, self.temperature = matrix(4, 1, 1), matrix(1, 1, 4), matrix(1, 1)
+            self.ia3 = nn.ParameterDict({"default": matrix(4, 1)})
+            self.positions, self.grid = matrix(1, 2, 4), matrix(2, 1, 2)
+
+    gains = {"layer_scale", "class_token", "temperature", "ia3.default"}
+    assert exempt(Block()) == gains
+    kernels = [nn.Conv2d(4, 4, 1, groups=4), nn.Linear(4, 1), nn.Linear(1, 4), nn.Embedding(1, 4), nn.LSTM(1, 1)]
+    assert {name for name in exempt(nn.ModuleList(kernels)) if "weight" in name} == set()
+    own = type("QuantLinear", (nn.Module,), {})()
+    own.kernel = matrix(1, 4)
+    tied = nn.ModuleDict({"free": nn.Module(), "head": nn.Linear(4, 1, bias=False), "quantised": own})
+    tied["free"].vector = tied["head"].weight
+    assert exempt(tied) == set()
+    spectral = parametrizations.spectral_norm(nn.Linear(4, 1, bias=False))
+    assert exempt(spectral) == set()
+
+
 def test_the_state_matrix_of_a_state_space_model():
     class Mixer(nn.Module):
         def __init__(self):
@@ -228,7 +251,7 @@ class Vit(nn.Module):
 
     def __init__(self, declared=("pos_embed", "cls_token", "dist_token"), keywords=()):
         super().__init__()
-        self.cls_token, self.pos_embed = matrix(1, 1, 4), matrix(1, 5, 4)
+        self.cls_token, self.pos_embed = matrix(1, 2, 4), matrix(1, 5, 4)
         self.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
         self.declared, self.keywords = declared, keywords
 

@@ -102,8 +102,8 @@ def test_exempt_stands_before_other_rules():
         assert found == {name: rule.resolve(1.0) for name, rule in assign_rules(model).items()}
 
 
-POSITIONS = ["pos_embed", "pos_embed_1", "position_embedding", "position_embeddings", "cls_token", "class_embedding"]
-TOKENS = ["dist_token", "distillation_token", "mask_token", "reg_token", "register_tokens"]
+POSITIONS = ["pos_embed", "pos_embed_1", "position_embedding", "position_embeddings", "cls_token", "class_token"]
+TOKENS = ["class_embedding", "dist_token", "distillation_token", "mask_token", "reg_token", "register_tokens"]
 
 
 @pytest.mark.parametrize("name", [*POSITIONS, *TOKENS])

@@ -64,21 +64,21 @@ def test_resolve_rejects_a_base_that_is_no_weight_decay(base):
             "Rule 'a': pattern '(head' is not a regular expression: missing ), unterminated subpattern at position 0.",
         ),
         (
-            {"layer_decay": 0.9},
+            {"layer_multiplier": 0.9},
             ValueError,
-            "Rule 'a' has layer_decay=0.9, so its pattern must have a group that is the layer's number, such as "
+            "Rule 'a' has layer_multiplier=0.9, so its pattern must have a group that is the layer's number, such as "
             r"'layers\.(\d+)\.', got None.",
         ),
         (
-            {"layer_decay": 0.9, "pattern": r"layers\.\d+"},
+            {"layer_multiplier": 0.9, "pattern": r"layers\.\d+"},
             ValueError,
-            "Rule 'a' has layer_decay=0.9, so its pattern must have a group that is the layer's number, such as "
+            "Rule 'a' has layer_multiplier=0.9, so its pattern must have a group that is the layer's number, such as "
             r"'layers\.(\d+)\.', got 'layers\\.\\d+'.",
         ),
         (
-            {"layer_decay": -0.9, "pattern": r"(\d+)"},
+            {"layer_multiplier": -0.9, "pattern": r"(\d+)"},
             ValueError,
-            "Rule 'a': layer_decay must be finite and at least 0, got -0.9.",
+            "Rule 'a': layer_multiplier must be finite and at least 0, got -0.9.",
         ),
     ],
 )
@@ -187,14 +187,14 @@ component:
   rules:
     - {name: embedding, modules: [Embedding, torch.nn.EmbeddingBag], multiplier: 0.2}
     - {name: head, pattern: "^head\\.", weight_decay: 1e-4}
-    - {name: layers, pattern: "layers\\.(\\d+)", layer_decay: 0.9, optional: true}
+    - {name: layers, pattern: "layers\\.(\\d+)", layer_multiplier: 0.9, optional: true}
     - {name: own, modules: Conv2d, per_parameter: true}
     - default
 """
 EXPECTED = [
     DecayRule("embedding", modules=("Embedding", "torch.nn.EmbeddingBag"), multiplier=0.2),
     DecayRule("head", pattern=r"^head\.", weight_decay=1e-4),
-    DecayRule("layers", pattern=r"layers\.(\d+)", layer_decay=0.9, optional=True),
+    DecayRule("layers", pattern=r"layers\.(\d+)", layer_multiplier=0.9, optional=True),
     DecayRule("own", modules=("Conv2d",), per_parameter=True),
     "default",
 ]
