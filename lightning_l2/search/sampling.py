@@ -9,7 +9,7 @@ import optuna
 from optuna.trial import TrialState
 
 from lightning_l2.search.plan import middle_of_gap
-from lightning_l2.search.suggestion import best_trial, suggested_trial
+from lightning_l2.search.suggestion import Comparison
 from lightning_l2.search.trials import Run, Trial
 
 if TYPE_CHECKING:
@@ -62,10 +62,16 @@ class PlanSampler(optuna.samplers.BaseSampler):
         if not self._halves():
             return self._tpe.sample_independent(study, trial, param_name, param_distribution)
         others = study.get_trials(deepcopy=False)
-        tried = [other.params[param_name] for other in others if param_name in other.params]
+        # All of the grid counts: a part that was lost before it had its lambda will have it yet.
+        tried = [*filter(None, self._coarse), *(other.params[param_name] for other in others if other.params)]
         ended = [as_trial(other, other.number, self._plan) for other in others if other.state == TrialState.COMPLETE]
-        chosen = [best_trial(ended, self._plan.sign), suggested_trial(ended, self._plan.sign)] if ended else []
-        return middle_of_gap(tried, [trial.weight_decay for trial in chosen])
+        found = Comparison(ended, self._plan)
+        chosen = [found.best.weight_decay, found.weight_decay] if ended else []
+        # Whoever asked before and has no lambda yet is about to take a middle too.
+        for other in others[len(self._coarse) : trial.number]:
+            if other.state == TrialState.RUNNING and not other.params:
+                tried.append(middle_of_gap(tried, chosen))
+        return middle_of_gap(tried, chosen)
 
     def _halves(self) -> bool:
         return self._plan.method == "grid" or not (self._plan.method or self._plan.also)
