@@ -49,7 +49,6 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
     "plots.history",
     "plots.preview",
     "plots.schedule",
-    "plots.style",
     "schedules.base",
     "schedules.composed",
     "schedules.cycles",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lightning_l2.plots.style import COLOURS, OTHERS, legend_beside, new_figure, style_axes
+from lightning_l2.search.suggestion import SMALL, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_l2.search.suggestion import Comparison
     from lightning_l2.search.trials import Trial
 
 BEST, SUGGESTED, ZERO = COLOURS[0], COLOURS[1], "black"
@@ -55,7 +55,7 @@ def plot_metric(result: Comparison) -> Figure:
     bars: dict[str, Any] = {"color": "black", "markersize": 4, "capsize": 3, "linewidth": 1.2, "label": label}
     points = [_place(trial, result) for trial in others], [away.mean for away in differences]
     lower.errorbar(*points, yerr=errors, fmt=_line(others), **bars)
-    small = max([*errors, 0.01 * abs(result.best.mean)])
+    small = max(median(errors or [0.0]), SMALL * abs(result.best.mean))
     if small and max((abs(value) for value in points[1]), default=0.0) > 20 * small:
         # What harms by far would press what decides flat.
         lower.set_yscale("symlog", linthresh=small)
@@ -92,8 +92,9 @@ def plot_curves(result: Comparison) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for trial, curve in zip(trials, curves[name], strict=True):
             line: dict[str, Any] = {"linestyle": ":" if trial.state == "pruned" else "-", "linewidth": 1.5}
-            line |= {"color": colours(scale(trial.weight_decay)) if trial.weight_decay else ZERO, "zorder": 2.2}
+            line |= {"color": colours(scale(trial.weight_decay)), "zorder": 2.2} if trial.weight_decay else {}
             line |= {"linewidth": 3.5, "zorder": 2.5} if trial.number == suggested else {}
+            line |= {} if trial.weight_decay else {"color": ZERO, "zorder": 2.6}
             axes.plot(range(1, len(curve) + 1), curve, marker="o" if len(curve) == 1 else None, **line)
     _choose_scale(panels[0], result, [value for several in curves.values() for curve in several for value in curve])
     figure.colorbar(ScalarMappable(scale, colours), ax=panels, label="lambda (weight decay)")
