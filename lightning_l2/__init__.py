@@ -36,9 +36,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import a name or a wing when it is asked for: Lightning takes seconds, and a mistyped file doesn't need it."""
     if name in __all__:
-        faces = (
-            import_module(f"{__name__}.{face}") for face in ("callbacks", "rules", "param_groups", "search", "mixin")
-        )
+        wings = ("callbacks", "rules", "param_groups", "search", "mixin")
+        faces = (import_module(f"{__name__}.{wing}") for wing in wings)
         found = next(getattr(face, name) for face in faces if hasattr(face, name))
     else:
         try:

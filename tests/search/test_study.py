@@ -1,16 +1,19 @@
 """The search on functions that stand in for a training."""
 
 import functools
+import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import optuna
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.search import SearchPlan, TrialRun
+from lightning_l2.search.storage import open_storage
 from lightning_l2.search.study import load_result, run_search
 from tests.search.functions import search, valley
 
@@ -128,3 +131,22 @@ def test_optunas_own_tools_read_the_study(tmp_path: Path) -> None:
     assert study.best_params == {"weight_decay": result.best.weight_decay}
     assert study.best_value == result.best.mean
     study._storage._backend.engine.dispose()
+
+
+def test_the_dashboard_opens_the_study(tmp_path: Path) -> None:
+    """On demand, after `pip install optuna-dashboard`."""
+    dashboard = pytest.importorskip("optuna_dashboard")
+    result = search(fit=valley, storage=tmp_path / "study.db", trials=3, seeds=1)
+    with open_storage(tmp_path / "study.db") as storage:
+        application = dashboard.wsgi(storage)
+
+        def get(path: str) -> Any:
+            request: dict[str, Any] = {"PATH_INFO": path}
+            setup_testing_defaults(request)
+            return json.loads(b"".join(application(request, lambda *_: None)))
+
+        (study,) = get("/api/studies")["study_summaries"]
+        assert study["study_name"] == "weight_decay"
+        trials = get(f"/api/studies/{study['study_id']}")["trials"]
+    assert [trial["state"] for trial in trials] == ["Complete"] * 3
+    assert [trial["values"] for trial in trials] == [[trial.mean] for trial in result.trials]
