@@ -97,10 +97,15 @@ def test_an_interrupted_search_goes_on_where_it_was(interrupt: Any, tmp_path: Pa
     assert again.table() == result.table(), "a finished search trains nothing"
 
 
-def test_a_search_can_be_extended(tmp_path: Path) -> None:
-    search(fit=valley, trials=4, seeds=1, storage=tmp_path / "study.db")
-    longer = search(fit=valley, trials=8, seeds=1, storage=tmp_path / "study.db")
-    assert [trial.state for trial in longer.trials] == ["complete"] * 8
+def test_a_search_can_be_extended() -> None:
+    """Its grid of six has two that the grid of the first four had not: 10^(-5/3) comes, 0.1 doesn't come again."""
+    storage = optuna.storages.InMemoryStorage()
+    search(fit=valley, trials=4, seeds=1, storage=storage)
+    longer = search(fit=valley, trials=12, seeds=1, storage=storage)
+    assert [trial.state for trial in longer.trials] == ["complete"] * 12
+    tried = [trial.weight_decay for trial in longer.trials]
+    assert tried[:6] == pytest.approx([1e-3, 1e-5, 1e-1, 1e-2, 10 ** (-5 / 3), 10 ** (-4 / 3)], rel=1e-5)
+    assert len(set(tried)) == 12
 
 
 def test_another_search_in_the_same_study_is_refused(tmp_path: Path) -> None:
