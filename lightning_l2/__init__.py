@@ -1,16 +1,20 @@
 """Weight decay per parameter group, scheduled, measured and constrained, for LightningModules nobody has to edit."""
 
-from lightning_l2.callbacks.l2_norm_monitor import L2NormMonitor
-from lightning_l2.callbacks.l2_penalty import L2Penalty
-from lightning_l2.callbacks.norm_constraint import NormConstraint
-from lightning_l2.callbacks.norm_plots import NormPlots
-from lightning_l2.callbacks.weight_decay import WeightDecay
-from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
-from lightning_l2.mixin import WeightDecayMixin
-from lightning_l2.param_groups.decay_groups import weight_decay_in_force
-from lightning_l2.rules.assign import assign_rules, decay_param_groups
-from lightning_l2.rules.rule import DecayRule
-from lightning_l2.search.search import search_weight_decay
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_l2.callbacks.l2_norm_monitor import L2NormMonitor
+    from lightning_l2.callbacks.l2_penalty import L2Penalty
+    from lightning_l2.callbacks.norm_constraint import NormConstraint
+    from lightning_l2.callbacks.norm_plots import NormPlots
+    from lightning_l2.callbacks.weight_decay import WeightDecay
+    from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
+    from lightning_l2.mixin import WeightDecayMixin
+    from lightning_l2.param_groups.decay_groups import weight_decay_in_force
+    from lightning_l2.rules.assign import assign_rules, decay_param_groups
+    from lightning_l2.rules.rule import DecayRule
+    from lightning_l2.search.search import search_weight_decay
 
 __all__ = [
     "DecayRule",
@@ -27,3 +31,24 @@ __all__ = [
     "weight_decay_in_force",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name or a wing when it is asked for: Lightning takes seconds, and a mistyped file doesn't need it."""
+    if name in __all__:
+        wings = ("callbacks", "rules", "param_groups", "search", "mixin")
+        faces = (import_module(f"{__name__}.{wing}") for wing in wings)
+        found = next(getattr(face, name) for face in faces if hasattr(face, name))
+    else:
+        try:
+            found = import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

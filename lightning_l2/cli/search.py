@@ -99,8 +99,8 @@ def _search(project: Project) -> int:
                 _tell_interrupted(load_result(options, storage, options.name), folder, storage)
         return 130
     if is_first_rank():
-        written = [*result.save(folder), _write_best(project, result, folder / "best.yaml")]
         print(result.table())
+        written = [*result.save(folder), _write_best(project, result, folder / "best.yaml")]
         print(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
         print(f"Train with the suggested lambda: append  --config {written[-1]}  to the command of `fit`.")
     return 0

@@ -86,7 +86,7 @@ def plot_penalty(history: History, *, loss: str | None = None) -> Figure:
         _draw_ratio(rows[1], (total[0], _ratio(total, losses)))
     rows[0].plot(*total, color="black", linewidth=2.2, label="penalty λ/2 ‖w‖²")
     parts = {f"penalty of {name}": groups[name] for name in groups if len(groups) > 1 and any(groups[name][1])}
-    draw_curves(rows[0], parts, linestyle="--", linewidth=1.4)
+    draw_curves(rows[0], parts, among=[f"penalty of {name}" for name in groups], linestyle="--", linewidth=1.4)
     fit_scale(rows[0], {"total": total, "loss": losses or total})
     legend_beside(rows[0])
     return figure

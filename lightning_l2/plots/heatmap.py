@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_l2.plots.history import History, as_grid, curves_of
-from lightning_l2.plots.style import new_figure, row_labels
+from lightning_l2.plots.style import label_steps, new_figure, row_labels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ def plot_norm_heatmap(
     axes.set_title(
         "L2 norm of each layer" if prefix == "l2_norm" else prefix, loc="left", fontsize=11, fontweight="bold"
     )
-    axes.set_xlabel("optimizer step")
+    label_steps(axes)
     positions, labels, blocks = row_labels(names, MOST_LABELS)
     axes.set_yticks(positions, labels, fontsize=8)
     axes.tick_params(axis="y", length=0)

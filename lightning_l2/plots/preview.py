@@ -33,8 +33,8 @@ def preview(config: str | Path | Sequence[str | Path], output: str | Path | None
         Where the picture is.
 
     Raises:
-        ValueError: If a file is no YAML, or they have no `WeightDecayScheduler`, a wrong one, or one whose values only
-            the training can tell.
+        ValueError: If a file is no YAML, or they have no `WeightDecayScheduler`, a wrong one or wrong rules, or one
+            whose values only the training can tell.
         ModuleNotFoundError: If matplotlib or jsonargparse is not installed.
     """
     files = [Path(file) for file in ([config] if isinstance(config, str | Path) else config)]
@@ -82,7 +82,8 @@ def _draw(files: Sequence[Path]) -> Figure:
         )
     try:
         schedule = _parse(Schedule | FeedbackSchedule, scheduler["schedule"])
-    except ValueError as error:
+        groups = _groups(settings, trainer, scheduler.get("values") == "weight_decay")
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{names}: {_closest(scheduler['schedule'])}{error}") from error
     if not isinstance(schedule, Schedule):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_l2.extras import brought_by
@@ -36,13 +36,18 @@ def new_figure(width: float, height: float) -> Figure:
 def stacked_axes(heights: Sequence[float], width: float = 8.5) -> tuple[Figure, list[Axes]]:
     """Return a figure with one panel above the other, of heights in inches, over one axis of optimizer steps."""
     figure = new_figure(width, sum(heights) + 0.5 * len(heights))
-    from matplotlib.ticker import MaxNLocator
-
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     rows: list[Axes] = list(grid[:, 0])
-    rows[-1].set_xlabel("optimizer step")
-    rows[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # there is no half a step
+    label_steps(rows[-1])
     return figure, rows
+
+
+def label_steps(axes: Axes) -> None:
+    """Make the horizontal axis one of optimizer steps, of which there are no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def style_axes(axes: Axes, title: str, ylabel: str = "") -> None:
@@ -54,7 +59,7 @@ def style_axes(axes: Axes, title: str, ylabel: str = "") -> None:
     axes.set_axisbelow(True)
 
 
-def draw_curves(axes: Axes, curves: History, **line: Any) -> None:
+def draw_curves(axes: Axes, curves: History, *, among: Collection[str] = (), **line: Any) -> None:
     """Draw curves and name them beside the axes: all of up to seven, of more the ones that change most.
 
     Equal curves would hide each other, so they become one that carries all names.
@@ -62,20 +67,23 @@ def draw_curves(axes: Axes, curves: History, **line: Any) -> None:
     Args:
         axes: Where to draw.
         curves: Name -> (steps, values).
+        among: All names that have a colour, also those that this picture leaves out; by default those of the curves.
         line: More options of `Axes.plot` for the curves that are named.
     """
     merged = _merge_equal(curves)
     named = merged
     if len(merged) > len(COLOURS):
-        named = sorted(merged, key=lambda curve: _change(curve[1][1]))[1 - len(COLOURS) :]
-    # By name, so that a group has its colour in every picture, whatever the order of groups there.
-    colours = dict(zip(sorted(name for name, _ in named), COLOURS, strict=False))
-    for name, (steps, values) in (c for c in merged if c in named):
+        named = sorted(merged, key=lambda curve: _change(curve[2][1]))[1 - len(COLOURS) :]
+    # By name, so that a group has its colour in every picture, whatever it stands beside there.
+    names = {*curves, *among}
+    coloured = names if len(names) <= len(COLOURS) else {name for name, _, _ in named}
+    colours = dict(zip(sorted(coloured), COLOURS, strict=False))
+    for name, label, (steps, values) in (c for c in merged if c in named):
         style: dict[str, Any] = {"color": colours[name], "linewidth": 1.8, "zorder": 2.5, **line}
-        axes.plot(steps, values, label=name, marker="o" if len(steps) == 1 else None, **style)
-    for index, (_, (steps, values)) in enumerate(c for c in merged if c not in named):
-        label = None if index else f"{len(merged) - len(named)} that change less"
-        axes.plot(steps, values, color=OTHERS, linewidth=0.8, zorder=2, label=label)
+        axes.plot(steps, values, label=label, marker="o" if len(steps) == 1 else None, **style)
+    for index, (_, _, (steps, values)) in enumerate(c for c in merged if c not in named):
+        words = None if index else f"{len(merged) - len(named)} that change less"
+        axes.plot(steps, values, color=OTHERS, linewidth=0.8, zorder=2, label=words)
     if len(curves) > 1:
         legend_beside(axes)
 
@@ -106,15 +114,16 @@ def without_common_prefix(names: Sequence[str]) -> list[str]:
     ['layers.0.fc', 'layers.1.fc']
     """
     parts = [name.split(".") for name in names]
-    common = 0
-    while len(names) > 1 and all(len(part) > common + 1 for part in parts) and len({p[common] for p in parts}) == 1:
-        common += 1
+    common = _shared(parts)
     if common and any(part[common].isdigit() for part in parts):
         common -= 1
     labels = [".".join(part[common:]) for part in parts]
-    elided = [_elide(label) for label in labels]
-    # Names that would look alike stay whole.
-    return [label if elided.count(short) > 1 else short for label, short in zip(labels, elided, strict=True)]
+    # What would look alike loses its beginning in place of its middle, and stays whole where that doesn't help.
+    for elide in (_elide_middle, _elide_beginning):
+        elided = [elide(label, labels) for label in labels]
+        if len(set(elided)) == len(set(labels)):
+            return elided
+    return labels
 
 
 def row_labels(names: Sequence[str], limit: int) -> tuple[list[float], list[str], list[int]]:
@@ -168,11 +177,13 @@ def _middle(rows: Sequence[int]) -> float:
     return (rows[0] + rows[-1]) / 2
 
 
-def _merge_equal(curves: History) -> list[tuple[str, Curve]]:
-    names: dict[tuple[tuple[float, ...], tuple[float, ...]], list[str]] = {}
-    for (steps, values), label in zip(curves.values(), without_common_prefix(list(curves)), strict=True):
-        names.setdefault((tuple(steps), tuple(values)), []).append(label)
-    return [(_join(labels), (steps, values)) for (steps, values), labels in names.items()]
+def _merge_equal(curves: History) -> list[tuple[str, str, Curve]]:
+    """Return the first name, the label and the values of curves that differ."""
+    names: dict[tuple[tuple[float, ...], tuple[float, ...]], dict[str, str]] = {}
+    for name, label in zip(curves, without_common_prefix(list(curves)), strict=True):
+        steps, values = curves[name]
+        names.setdefault((tuple(steps), tuple(values)), {})[name] = label
+    return [(min(labels), _join(list(labels.values())), curve) for curve, labels in names.items()]
 
 
 def _change(values: Sequence[float]) -> float:
@@ -187,8 +198,23 @@ def _join(names: Sequence[str]) -> str:
     return together if len(together) <= LABEL_WIDTH or len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _elide(name: str) -> str:
-    if len(name) <= LABEL_WIDTH:
-        return name
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """Return how many leading words all names share, the last one of each aside."""
+    count = 0
+    while len(parts) > 1 and all(len(part) > count + 1 for part in parts) and len({p[count] for p in parts}) == 1:
+        count += 1
+    return count
+
+
+def _elide_middle(name: str, others: Sequence[str]) -> str:
     keep = LABEL_WIDTH // 2
-    return f"{name[: keep - 1]}…{name[-keep:]}"
+    return name if len(name) <= LABEL_WIDTH else f"{name[: keep - 1]}…{name[-keep:]}"
+
+
+def _elide_beginning(name: str, others: Sequence[str]) -> str:
+    """Leave out what other long names begin with too, but for the last word, and an end that is still too long."""
+    shared = _shared([other.split(".") for other in others if len(other) > LABEL_WIDTH])
+    kept = ".".join(name.split(".")[max(shared - 1, 0) :])
+    if len(name) <= LABEL_WIDTH or len(kept) == len(name):
+        return name
+    return f"…{kept}" if len(kept) < LABEL_WIDTH else f"…{kept[: LABEL_WIDTH - 2]}…"

@@ -16,10 +16,10 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_l2.extras import brought_by
 from lightning_l2.search.plan import SearchPlan
 from lightning_l2.search.progress import quiet_trainings
 from lightning_l2.search.result import SearchResult
-from lightning_l2.search.storage import import_optuna
 from lightning_l2.search.trials import Fit, Outcome, TrialRun, never
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ def search_on_all_ranks(fit: Fit, plan: SearchPlan, **options: Any) -> SearchRes
         plan: What to search.
         options: Those of `run_search`.
     """
-    import_optuna()
+    with brought_by("search", "A search for weight decay needs"):
+        import optuna  # noqa: F401
+        import scipy  # type: ignore[import-untyped]  # noqa: F401  for Optuna's pruner
     from lightning_l2.search.study import load_result, run_search
 
     store = None if _is_connected() else _store()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
 
 from lightning_l2.plots.style import COLOURS, OTHERS, legend_beside, new_figure, style_axes
-from lightning_l2.search.suggestion import zero_trial
+from lightning_l2.search.suggestion import SMALL, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_l2.search.plan import SearchPlan
     from lightning_l2.search.trials import Trial
 
 BEST, SUGGESTED, ZERO = COLOURS[0], COLOURS[1], "black"
@@ -24,38 +23,7 @@ GREY = "#8A9099"
 SHARES = re.compile(r"acc|auc|auroc|f1|iou|dice|precision|recall|r2|score", re.IGNORECASE)
 
 
-class Searched(Protocol):
-    """What pictures show of a search's result."""
-
-    @property
-    def trials(self) -> Sequence[Trial]:
-        """All trials."""
-
-    @property
-    def plan(self) -> SearchPlan:
-        """What was searched."""
-
-    @property
-    def best(self) -> Trial:
-        """The trial with the best mean."""
-
-    @property
-    def suggestion(self) -> Trial:
-        """The suggested trial."""
-
-    @property
-    def weight_decay(self) -> float:
-        """The suggested lambda."""
-
-    @property
-    def train_metric(self) -> str | None:
-        """The training metric that belongs to the monitored one."""
-
-    def to_zero(self, trial: Trial) -> Any:
-        """Return the difference of a trial to that of lambda = 0."""
-
-
-def plot_metric(result: Searched) -> Figure:
+def plot_metric(result: Comparison) -> Figure:
     """Draw the monitored metric against lambda, and beside it what decides: the difference to lambda = 0.
 
     Above are the mean and each seed, below the mean difference, paired by seed, with its standard error; where 0 was
@@ -75,7 +43,7 @@ def plot_metric(result: Searched) -> Figure:
             style: dict[str, Any] = {"color": GREY, "markerfacecolor": "white", "transform": at_edge}
             upper.plot(lambdas, [edge] * len(lambdas), marker, label=label, **style)
     _mark(upper, result)
-    zero = zero_trial(result.trials)
+    zero = result.zero
     reference = "lambda = 0" if zero is not None else "the best"
     title = f"Difference to {reference}{', paired by seed' if seeds > 1 else ''}: above 0 is worse"
     _over_lambda(lower, result, title, "difference")
@@ -87,7 +55,7 @@ def plot_metric(result: Searched) -> Figure:
     bars: dict[str, Any] = {"color": "black", "markersize": 4, "capsize": 3, "linewidth": 1.2, "label": label}
     points = [_place(trial, result) for trial in others], [away.mean for away in differences]
     lower.errorbar(*points, yerr=errors, fmt=_line(others), **bars)
-    small = max([*errors, 0.01 * abs(result.best.mean)])
+    small = max(median(errors or [0.0]), SMALL * abs(result.best.mean))
     if small and max((abs(value) for value in points[1]), default=0.0) > 20 * small:
         # What harms by far would press what decides flat.
         lower.set_yscale("symlog", linthresh=small)
@@ -99,7 +67,7 @@ def plot_metric(result: Searched) -> Figure:
     return figure
 
 
-def plot_curves(result: Searched) -> Figure:
+def plot_curves(result: Comparison) -> Figure:
     """Draw the training and the validation metric over the epochs, a curve for each lambda: the mean over its seeds.
 
     The suggested one is thick, those of trials that were stopped early are dotted, that of lambda = 0 is black.
@@ -124,13 +92,14 @@ def plot_curves(result: Searched) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for trial, curve in zip(trials, curves[name], strict=True):
             line: dict[str, Any] = {"linestyle": ":" if trial.state == "pruned" else "-", "linewidth": 1.5}
-            line |= {"color": colours(scale(trial.weight_decay)) if trial.weight_decay else ZERO, "zorder": 2.2}
+            line |= {"color": colours(scale(trial.weight_decay)), "zorder": 2.2} if trial.weight_decay else {}
             line |= {"linewidth": 3.5, "zorder": 2.5} if trial.number == suggested else {}
+            line |= {} if trial.weight_decay else {"color": ZERO, "zorder": 2.6}
             axes.plot(range(1, len(curve) + 1), curve, marker="o" if len(curve) == 1 else None, **line)
     _choose_scale(panels[0], result, [value for several in curves.values() for curve in several for value in curve])
     figure.colorbar(ScalarMappable(scale, colours), ax=panels, label="lambda (weight decay)")
     legend = [Line2D([], [], color=GREY, linewidth=3.5, label=f"suggested: {result.weight_decay:.3g}")]
-    if zero_trial(result.trials):
+    if result.zero:
         legend.append(Line2D([], [], color=ZERO, linewidth=1.5, label="lambda = 0"))
     if any(trial.state == "pruned" for trial in trials):
         legend.append(Line2D([], [], color=GREY, linestyle=":", label="stopped early"))
@@ -138,7 +107,7 @@ def plot_curves(result: Searched) -> Figure:
     return figure
 
 
-def plot_norm(result: Searched) -> Figure:
+def plot_norm(result: Comparison) -> Figure:
     """Draw the L2 norm of the trained weights against lambda.
 
     Raises:
@@ -155,7 +124,7 @@ def plot_norm(result: Searched) -> Figure:
     return figure
 
 
-def plot_gap(result: Searched) -> Figure:
+def plot_gap(result: Comparison) -> Figure:
     """Draw the generalisation gap against lambda: how much worse the monitored metric is than the training's.
 
     Raises:
@@ -174,14 +143,14 @@ def plot_gap(result: Searched) -> Figure:
     return figure
 
 
-def _one_panel(result: Searched, title: str, ylabel: str) -> tuple[Figure, Axes]:
+def _one_panel(result: Comparison, title: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = new_figure(8.5, 4.2)
     axes = figure.subplots()
     _over_lambda(axes, result, title, ylabel)
     return figure, axes
 
 
-def _over_lambda(axes: Axes, result: Searched, title: str, ylabel: str) -> None:
+def _over_lambda(axes: Axes, result: Comparison, title: str, ylabel: str) -> None:
     """Make lambda's axis logarithmic, with a place for 0 apart where 0 was tried."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
@@ -207,24 +176,24 @@ def _over_lambda(axes: Axes, result: Searched, title: str, ylabel: str) -> None:
         axes.axvline(math.sqrt(zero * low), color=GREY, linestyle=(0, (1, 3)), linewidth=1.0, zorder=1)
 
 
-def _ends(result: Searched) -> tuple[float, float]:
+def _ends(result: Comparison) -> tuple[float, float]:
     tried = [trial.weight_decay for trial in result.trials if trial.weight_decay > 0] or [1e-3]
     low, high = result.plan.low, result.plan.high
     ends = min(tried) if low is None else low, max(tried) if high is None else high
     return ends if ends[0] < ends[1] else (ends[0] / 3, ends[1] * 3)
 
 
-def _zero_place(result: Searched) -> float:
+def _zero_place(result: Comparison) -> float:
     """Return where 0 is drawn on the log axis: an eighth of the range beneath its lower end."""
     low, high = _ends(result)
     return float(low / max((high / low) ** 0.125, 3.0))
 
 
-def _place(trial: Trial, result: Searched) -> float:
+def _place(trial: Trial, result: Comparison) -> float:
     return trial.weight_decay or _zero_place(result)
 
 
-def _choose_scale(axes: Axes, result: Searched, values: Sequence[float]) -> None:
+def _choose_scale(axes: Axes, result: Comparison, values: Sequence[float]) -> None:
     """Take a logarithmic axis where a loss spans so much that the small values would look alike."""
     finite = [value for value in values if math.isfinite(value)]
     is_loss = result.plan.mode == "min" and not SHARES.search(result.plan.monitor)
@@ -232,12 +201,12 @@ def _choose_scale(axes: Axes, result: Searched, values: Sequence[float]) -> None
         axes.set_yscale("log")
 
 
-def _of_state(result: Searched, state: str) -> list[Trial]:
+def _of_state(result: Comparison, state: str) -> list[Trial]:
     trials = [trial for trial in result.trials if trial.state == state]
     return sorted(trials, key=lambda trial: trial.weight_decay)
 
 
-def _draw(axes: Axes, result: Searched, trials: Sequence[Trial], values: Callable[[Trial], list[float]]) -> None:
+def _draw(axes: Axes, result: Comparison, trials: Sequence[Trial], values: Callable[[Trial], list[float]]) -> None:
     """Draw the mean of each trial, 0 without a line to the others, and each seed."""
     several = result.plan.seeds > 1
     style: dict[str, Any] = {"color": "black", "markersize": 4, "linewidth": 1.2}
@@ -257,7 +226,7 @@ def _line(trials: Sequence[Trial]) -> str:
     return "o" if any(trial.others for trial in trials) else "o-"
 
 
-def _mark(axes: Axes, result: Searched) -> None:
+def _mark(axes: Axes, result: Comparison) -> None:
     best, suggestion = result.best, result.suggestion
     same = best.number == suggestion.number
     label = f"best{' and suggested' if same else ''}: {best.weight_decay:.3g}"

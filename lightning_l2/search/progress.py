@@ -5,29 +5,25 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lightning_l2.search.plan import SearchPlan
-from lightning_l2.search.suggestion import best_trial, complete_trials
-from lightning_l2.search.trials import Trial
+from lightning_l2.search.suggestion import Comparison
 
-LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "optuna")
 
 
 class SearchProgress:
     """A bar on the standard error that counts trainings of all processes, with the best so far and the time left.
 
     Args:
-        plan: What is searched.
         enabled: Whether to show it.
     """
 
-    def __init__(self, plan: SearchPlan, *, enabled: bool = True) -> None:
-        self._plan = plan
+    def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
         self._bar: tqdm[None] | None = None
 
@@ -38,39 +34,32 @@ class SearchProgress:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, trials: Sequence[Trial]) -> None:
+    def show(self, found: Comparison) -> None:
         """Bring the bar up to date; what was done before the first call doesn't count for the time left."""
         if not self._enabled:
             return
-        ended = {"complete", "pruned", "failed"}
-        done = sum(self._plan.seeds if trial.state in ended else len(trial.runs) for trial in trials)
+        plan, ended = found.plan, {"complete", "pruned", "failed"}
+        done = sum(plan.seeds if trial.state in ended else len(trial.runs) for trial in found.trials)
         if self._bar is None:
-            total = self._plan.places * self._plan.seeds
-            self._bar = tqdm(desc="weight decay", total=total, initial=done, unit="training", leave=True)
-        best = self._best(trials)
-        self._bar.set_postfix_str(best, refresh=best != self._bar.postfix)
+            self._bar = tqdm(desc="weight decay", total=plan.places * plan.seeds, initial=done, unit="training")
+        if found.complete:
+            words = f"best lambda={found.best.weight_decay:.3g} with {plan.monitor}={found.best.mean:.4g}"
+            self._bar.set_postfix_str(words, refresh=words != self._bar.postfix)
         self._bar.update(done - self._bar.n)
-
-    def _best(self, trials: Sequence[Trial]) -> str:
-        if not complete_trials(trials):
-            return ""
-        best = best_trial(trials, self._plan.sign)
-        return f"best lambda={best.weight_decay:.3g} with {self._plan.monitor}={best.mean:.4g}"
 
 
 @contextmanager
 def quiet_trainings() -> Iterator[None]:
-    """Hide what Trainers tell about devices and the like, and show each warning once, above the progress bar."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(max(logger.level, logging.WARNING))
+    """Hide what Trainers and Optuna tell of each training, and show each warning once, above the progress bar."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
+    for logger, level in levels.items():
+        logger.setLevel(max(level, logging.WARNING))
     try:
         with warnings.catch_warnings():
             _show_once()
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 

@@ -9,7 +9,8 @@ import optuna
 from optuna.trial import TrialState
 
 from lightning_l2.search.plan import middle_of_gap
-from lightning_l2.search.suggestion import best_trial, suggested_trial
+from lightning_l2.search.storage import trials_by_place
+from lightning_l2.search.suggestion import Comparison
 from lightning_l2.search.trials import Run, Trial
 
 if TYPE_CHECKING:
@@ -57,15 +58,23 @@ class PlanSampler(optuna.samplers.BaseSampler):
 
         A trial that is still running, here or in another process, counts as a neighbour, so nothing is tried twice.
         """
-        if param_name == "weight_decay" and self._place < len(self._coarse):
+        trials = trials_by_place(study)
+        tried = [known for other in trials if (known := weight_decay_of(other))]
+        # A search that was made longer has another grid than it began with.
+        if param_name == "weight_decay" and not set(self._coarse[self._place : self._place + 1]) <= set(tried):
             return self._coarse[self._place]
         if not self._halves():
             return self._tpe.sample_independent(study, trial, param_name, param_distribution)
-        others = study.get_trials(deepcopy=False)
-        tried = [other.params[param_name] for other in others if param_name in other.params]
-        ended = [as_trial(other, other.number, self._plan) for other in others if other.state == TrialState.COMPLETE]
-        chosen = [best_trial(ended, self._plan.sign), suggested_trial(ended, self._plan.sign)] if ended else []
-        return middle_of_gap(tried, [trial.weight_decay for trial in chosen])
+        places = enumerate(trials)
+        ended = [as_trial(other, place, self._plan) for place, other in places if other.state == TrialState.COMPLETE]
+        found = Comparison(ended, self._plan)
+        chosen = [found.best.weight_decay, found.weight_decay] if ended else []
+        # Who was lost, or asked before, and has no lambda yet will have that of the grid, or a middle too.
+        for place, other in enumerate(trials[: self._place]):
+            if weight_decay_of(other) is None:
+                coarse = self._coarse[place : place + 1]
+                tried += filter(None, coarse or [middle_of_gap(tried, chosen)])
+        return middle_of_gap(tried, chosen)
 
     def _halves(self) -> bool:
         return self._plan.method == "grid" or not (self._plan.method or self._plan.also)

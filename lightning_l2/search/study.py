@@ -8,8 +8,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,10 @@ from optuna.trial import TrialState
 
 from lightning_l2.search.plan import STRENGTHS, WEAK, SearchPlan
 from lightning_l2.search.progress import SearchProgress, quiet_trainings
-from lightning_l2.search.queue import Queue, keep_alive, place_of, trials_by_place
 from lightning_l2.search.result import SearchResult
 from lightning_l2.search.sampling import PlanSampler, as_trial, compares_seeds, make_pruner, weight_decay_of
-from lightning_l2.search.storage import open_storage
-from lightning_l2.search.suggestion import best_trial
-from lightning_l2.search.trials import Fit, Trial, TrialRun, as_run
+from lightning_l2.search.storage import Queue, keep_alive, open_storage
+from lightning_l2.search.trials import Fit, TrialRun, as_run
 
 log = logging.getLogger(__name__)
 
@@ -57,49 +54,35 @@ def run_search(
         while_waiting: Called about every second while other processes run the last trials.
 
     Raises:
-        ModuleNotFoundError: If Optuna isn't installed.
         MisconfigurationException: If the study in the storage answers another question.
         RuntimeError: If no trial is complete in the end.
         ValueError: If the metric is missing.
     """
-    with _quiet_optuna(), quiet_trainings(), open_storage(storage, heartbeat) as opened:
+    with quiet_trainings(), open_storage(storage, heartbeat) as opened, SearchProgress(enabled=progress) as bar:
         lr_steps = _look(fit, plan) if looks else None
         plan = plan.within(lr_steps)
         study = _open_study(opened, name, plan, {**plan.question(), "lr_steps": lr_steps, **(setting or {})})
         queue = Queue(study, plan.places, pause=min(1.0, heartbeat / 4))
-        with SearchProgress(plan, enabled=progress) as bar:
-            while not queue.is_finished():
-                bar.show(_trials(study, plan))
-                trial = queue.take()
-                if trial is None:
-                    queue.wait()
-                    while_waiting()
-                else:
-                    _run_trial(trial, fit, plan, queue, lambda: bar.show(_trials(study, plan)))
-            bar.show(_trials(study, plan))
-        trials = _trials(study, plan)
-    best_trial(trials, plan.sign)  # raises where none is complete
-    return SearchResult(trials, plan, lr_steps)
+        while not queue.is_finished():
+            bar.show(_found(queue, plan))
+            if taken := queue.take():
+                _run_trial(*taken, fit, plan, queue, lambda: bar.show(_found(queue, plan)))
+            else:
+                queue.wait()
+                while_waiting()
+        result = _found(queue, plan, lr_steps)
+        bar.show(result)
+    result.best  # noqa: B018  raises where no trial is complete
+    return result
 
 
 def load_result(plan: SearchPlan, storage: str | Path | optuna.storages.BaseStorage, name: str) -> SearchResult:
     """Return what a storage has of a search, finished or not."""
-    with _quiet_optuna(), open_storage(storage) as opened:
+    with quiet_trainings(), open_storage(storage) as opened:
         study = optuna.load_study(study_name=name, storage=opened)
         kept = study.user_attrs["question"]
         plan = replace(plan, low=kept["low"], high=kept["high"])
-        return SearchResult(_trials(study, plan), plan, kept["lr_steps"])
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """Keep Optuna from logging each trial; the progress bar and the table say it."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
+        return _found(Queue(study, plan.places), plan, kept["lr_steps"])
 
 
 def _look(fit: Fit, plan: SearchPlan) -> float | None:
@@ -160,21 +143,14 @@ def _has_begun(study: optuna.Study) -> bool:
     return any(trial.state not in idle or "runs" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
 
 
-def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: Queue, trained: Callable[[], None]) -> None:
+def _run_trial(
+    trial: optuna.Trial, place: int, fit: Fit, plan: SearchPlan, queue: Queue, trained: Callable[[], None]
+) -> None:
     """Train every seed of a trial that isn't done yet and tell the study how it ended."""
-    study = trial.study
-    place = place_of(study, trial)
     try:
         with keep_alive(trial):
-            error, hopeless = _train_seeds(trial, place, fit, plan, trained)
-            if error is not None:
-                log.warning("Trial %d (lambda=%g) failed: %s", place, trial.user_attrs["weight_decay"], error)
-                trial.set_user_attr("error", error)
-        values = [run["value"] for run in trial.user_attrs["runs"]] if error is None else []
-        if error is not None or hopeless:
-            study.tell(trial, state=TrialState.FAIL if error is not None else TrialState.PRUNED, skip_if_finished=True)
-        else:
-            study.tell(trial, statistics.fmean(values), skip_if_finished=True)
+            state, value = _train_seeds(trial, place, fit, plan, trained)
+        trial.study.tell(trial, value, state, skip_if_finished=True)
     except BaseException as exception:
         if queue.give_back(trial) or not isinstance(exception, RuntimeError):
             raise
@@ -183,8 +159,7 @@ def _run_trial(trial: optuna.Trial, fit: Fit, plan: SearchPlan, queue: Queue, tr
 
 def _train_seeds(
     trial: optuna.Trial, place: int, fit: Fit, plan: SearchPlan, trained: Callable[[], None]
-) -> tuple[str | None, bool]:
-    """Return why the trial failed, or None, and whether it was stopped as hopeless."""
+) -> tuple[TrialState, float | None]:
     by_seed = compares_seeds(plan)
     weight_decay, others = _sample(trial, place, plan)
     runs = list(trial.user_attrs.get("runs", []))
@@ -201,27 +176,36 @@ def _train_seeds(
         # Optuna keeps one value for each step of a trial: epochs of the first seed, or the seeds.
         return not (by_seed or runs) and report(epoch, value)
 
+    def fail(error: str) -> tuple[TrialState, None]:
+        log.warning("Trial %d (lambda=%g) failed: %s", place, weight_decay, error)
+        trial.set_user_attr("error", error)
+        return TrialState.FAIL, None
+
     for done in runs if by_seed else ():
         report(done["seed"], done["value"])
     for seed in plan.all_seeds[len(runs) :]:
         if stopped:
-            break
+            return TrialState.PRUNED, None
         started = time.monotonic()
         try:
             outcome = fit(TrialRun(weight_decay, seed, others, place, report_epoch))
         except Exception as error:
-            if isinstance(error, MisconfigurationException) or not _any_complete(trial.study):
+            # Before a trial is complete it is most likely a mistake in the user's code; later, a diverged training.
+            is_first = not trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if is_first or isinstance(error, MisconfigurationException):
                 raise
-            return f"{type(error).__name__}: {error}", False
+            return fail(f"{type(error).__name__}: {error}")
         run = as_run(outcome, seed, plan, time.monotonic() - started)
         runs.append(asdict(run))
         trial.set_user_attr("runs", runs)
         trained()
         if not math.isfinite(run.value):
-            return f"{plan.monitor} is {run.value} with seed {seed}", False
+            return fail(f"{plan.monitor} is {run.value} with seed {seed}")
         if by_seed:
             report(seed, run.value)
-    return None, stopped and not (by_seed and len(runs) == plan.seeds)
+    if stopped and not by_seed:  # within its last training
+        return TrialState.PRUNED, None
+    return TrialState.COMPLETE, statistics.fmean(run["value"] for run in runs)
 
 
 def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, dict[str, float]]:
@@ -236,11 +220,6 @@ def _sample(trial: optuna.Trial, place: int, plan: SearchPlan) -> tuple[float, d
     return weight_decay, {n: trial.suggest_float(n, r.low, r.high, log=r.log) for n, r in plan.also.items()}
 
 
-def _any_complete(study: optuna.Study) -> bool:
-    """Before, an error is most likely a mistake in the user's code; later, a training that diverged."""
-    return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-
-
-def _trials(study: optuna.Study, plan: SearchPlan) -> list[Trial]:
-    known = enumerate(trials_by_place(study)[: plan.places])
-    return [as_trial(trial, place, plan) for place, trial in known if weight_decay_of(trial) is not None]
+def _found(queue: Queue, plan: SearchPlan, lr_steps: float | None = None) -> SearchResult:
+    known = [(trial, place) for place, trial in enumerate(queue.trials()) if weight_decay_of(trial) is not None]
+    return SearchResult([as_trial(trial, place, plan) for trial, place in known], plan, lr_steps)

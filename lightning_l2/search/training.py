@@ -1,21 +1,25 @@
-"""One training of a search: fits a Trainer that the user built and records what happened."""
+"""A training of a search: looked at before it starts, then fitted and recorded, by a Trainer that the user built."""
 
 from __future__ import annotations
 
 import copy
 import math
-import weakref
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_l2.norms.squared import squared_norms
-from lightning_l2.search.look import look
 from lightning_l2.search.trials import Fit, Outcome, TrialRun
 from lightning_l2.sharding import flat_shards
 from lightning_l2.trainer.both_packages import derive_from_both
@@ -23,6 +27,8 @@ from lightning_l2.trainer.both_packages import derive_from_both
 Make = Callable[..., tuple[Any, ...]]
 # What a Trainer shows and keeps of one training drowns the search, fills the disk and stands in the place of another's.
 LEFT_OUT = {"Checkpoint", "ModelSummary", "ProgressBar"}
+# Steps of a learning-rate schedule that are tried out; a second or two of them.
+MOST_STEPS = 50_000
 
 
 class TrainingRecorder(Checkpoint):
@@ -113,14 +119,11 @@ def fit_from(make: Make, monitor: str) -> Fit:
             `(trainer, module, train_dataloaders, val_dataloaders)`, all new each time.
         monitor: The metric that decides.
     """
-    looked_at: list[weakref.ref[Any]] = []
 
     def fit(run: TrialRun) -> Outcome:
         with isolate_rng():
             pl.seed_everything(run.seed, workers=True, verbose=False)
-            trainer, module, *data = _checked(make(run.weight_decay, **run.others), looked_at)
-            if run.only_looks:
-                looked_at.append(weakref.ref(trainer))
+            trainer, module, *data = _checked(make(run.weight_decay, **run.others))
             return train(trainer, module, *data, monitor=monitor, run=run)
 
     return fit
@@ -147,13 +150,14 @@ def train(trainer: Any, module: Any, *data: Any, monitor: str, run: TrialRun, **
     return recorder.outcome(trainer)
 
 
-def _checked(parts: Any, looked_at: Sequence[weakref.ref[Any]]) -> tuple[Any, ...]:
+def _checked(parts: Any) -> tuple[Any, ...]:
     if not (isinstance(parts, tuple | list) and len(parts) >= 2 and hasattr(parts[0], "fit")):
         raise MisconfigurationException(
             "Expected make to return (trainer, module), (trainer, module, data) or (trainer, module, "
             f"train_dataloaders, val_dataloaders) but got {type(parts).__name__}: {parts!r:.80}."
         )
-    if parts[0].global_step or parts[0].current_epoch or any(parts[0] is known() for known in looked_at):
+    was_looked_at = any(isinstance(callback, Look) for callback in parts[0].callbacks)
+    if parts[0].global_step or parts[0].current_epoch or was_looked_at:
         raise MisconfigurationException(
             f"The Trainer that make returned was in use before (global_step={parts[0].global_step}). "
             "Build a new Trainer and a new module in each call of make."
@@ -173,3 +177,66 @@ def _in_second_half(trainer: pl.Trainer) -> bool:
 def _spawns(trainer: Any) -> bool:
     """Whether a training runs in processes of its own, from which only metrics come back."""
     return "MultiProcessing" in type(trainer.strategy.launcher).__name__
+
+
+class Look(pl.Callback):
+    """Reads the learning rate and the length of a training in the moment before it starts, and lets it end there."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read here: optimizers and data are set up, and nothing has trained or been validated yet."""
+        steps, peak = _steps(trainer), _peak_lr(trainer)
+        # The one way for a number out of a Trainer that runs in a process of its own.
+        trainer.callback_metrics["lr_steps"] = torch.tensor(peak * steps, dtype=torch.float64)
+        trainer.limit_train_batches = 0
+        trainer.limit_val_batches = 0
+        trainer.num_sanity_val_steps = 0
+
+
+derive_from_both(Look)
+
+
+def look(trainer: Any, module: Any, *data: Any, **fit_options: Any) -> dict[str, float]:
+    """Set a Trainer up as for a training and return `lr_steps`; nothing where it can't be known.
+
+    The Trainer and the module are of no use afterwards. Loggers see nothing of it.
+    """
+    trainer.callbacks.append(Look())
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the training come with the first trial
+        if trainer.loggers:
+            # The first takes any call; callbacks that read their metrics back ask for one with files.
+            trainer.loggers = [DummyLogger(), CSVLogger(folder)]
+        trainer.fit(module, *data, **fit_options)
+    lr_steps = float(trainer.callback_metrics.get("lr_steps", math.nan))
+    return {"lr_steps": lr_steps} if 0 < lr_steps < math.inf else {}
+
+
+def _steps(trainer: Any) -> float:
+    """Return the optimizer steps of the training, nan where they aren't known."""
+    with suppress(MisconfigurationException):  # accumulation that changes between epochs
+        steps = trainer.estimated_stepping_batches
+        return float(steps) if steps > 0 else math.nan
+    return math.nan
+
+
+def _peak_lr(trainer: Any) -> float:
+    """Return the largest learning rate of any group, over the whole schedule."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if any(getattr(callback, "apply", None) == "independent" for callback in trainer.callbacks):
+        return 1.0  # a step takes lambda of the weights, whatever the learning rate
+    peak = _largest(groups)
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau:
+            continue
+        steps, per_epoch = _steps(trainer), max(trainer.num_training_batches / trainer.accumulate_grad_batches, 1.0)
+        count = steps if config.interval == "step" else math.ceil(steps / per_epoch)
+        with warnings.catch_warnings(), suppress(Exception):
+            warnings.simplefilter("ignore")  # that no optimizer stepped
+            for _ in range(int(min((count - 1) / config.frequency, MOST_STEPS))):
+                config.scheduler.step()
+                peak = max(peak, _largest(groups))
+    return peak
+
+
+def _largest(groups: list[dict[str, Any]]) -> float:
+    return max((float(group["lr"]) for group in groups if group.get("lr") is not None), default=math.nan)

@@ -65,6 +65,11 @@ class Trial:
         """Standard deviation of the metric between seeds, nan with fewer than two."""
         return statistics.stdev(run.value for run in self.runs) if len(self.runs) > 1 else math.nan
 
+    @property
+    def values(self) -> dict[int, float]:
+        """The monitored metric by seed."""
+        return {run.seed: run.value for run in self.runs}
+
     def average(self, metric: str) -> float:
         """Return the mean over the seeds of a metric's last value, nan where no training has it."""
         values = [run.metrics[metric] for run in self.runs if metric in run.metrics]

@@ -1,6 +1,7 @@
-"""A search whose trainings run on two processes, started as a script: the Trainer starts it again for rank 1.
+"""Searches whose trainings run on two processes, started as a script: the Trainer starts it again for rank 1.
 
-Usage: python distributed_process.py FOLDER STRATEGY. Every rank writes what it got to FOLDER/rank.
+Usage: python distributed_search.py FOLDER STRATEGY ... One search after the other, the first of which connects the
+processes. Every rank writes what it got to FOLDER/rank.
 """
 
 import functools
@@ -57,18 +58,24 @@ def make(weight_decay: float, strategy: str = "ddp") -> tuple[Any, ...]:
     return trainer, Net(strategy), DataLoader(data, 4, shuffle=True), DataLoader(data, 4)
 
 
-def main(folder: Path, strategy: str) -> None:
+def search(folder: Path, strategy: str) -> dict[str, Any]:
     result = search_weight_decay(
-        functools.partial(make, strategy=strategy), trials=3, seeds=2, progress=False, storage=folder / "study.db"
+        functools.partial(make, strategy=strategy),
+        trials=3,
+        seeds=2,
+        progress=False,
+        storage=folder / "study.db",
+        name=strategy,
     )
     monitored = ("val_loss", "l2_norm/total")
     values = [
         [trial.weight_decay, *(run.metrics[name] for name in monitored for run in trial.runs), trial.l2_norm]
         for trial in result.trials
     ]
-    rank = torch.distributed.get_rank()
-    (folder / str(rank)).write_text(json.dumps({"search": values, "lr_steps": result.lr_steps}))
+    return {"search": values, "lr_steps": result.lr_steps}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    folder, *strategies = sys.argv[1:]
+    found = {strategy: search(Path(folder), strategy) for strategy in strategies}
+    Path(folder, str(torch.distributed.get_rank())).write_text(json.dumps(found))

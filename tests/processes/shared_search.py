@@ -1,13 +1,17 @@
-"""Processes that share a search: python search_process.py STORAGE NAME LOG TRIALS PROCESSES.
+"""Processes that share a search: python shared_search.py STORAGE NAME LOG TRIALS PROCESSES.
 
 Every training leaves two lines in the log, and every process one when it has the result. They are forked once the
-imports are done, which take longer than the search.
+imports are done, which take longer than the search. One more comes first and is killed the moment it takes a trial.
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import optuna
 
 from lightning_l2.search import SearchPlan, TrialRun
 from lightning_l2.search.study import run_search
@@ -30,10 +34,27 @@ def search(storage: str, name: str, log: str, trials: int) -> None:
     write("result", sum(trial.state == "complete" and len(trial.runs) == 2 for trial in result.trials))
 
 
-if __name__ == "__main__":
-    storage, name, log, trials, processes = sys.argv[1:]
-    for _ in range(int(processes)):
+def die_once_it_has_asked() -> None:
+    ask = optuna.Study.ask
+
+    def last(study: optuna.Study) -> None:
+        ask(study)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    optuna.Study.ask = last  # type: ignore[assignment]
+
+
+def run(count: int, *arguments: Any, killed: bool = False) -> list[int]:
+    """Run a search in several processes and return their exit codes."""
+    for _ in range(count):
         if os.fork() == 0:
-            search(storage, name, log, int(trials))
+            if killed:
+                die_once_it_has_asked()
+            search(*arguments)
             sys.exit()
-    print(*sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(int(processes))))
+    return [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(count)]
+
+
+if __name__ == "__main__":
+    *given, trials, processes = sys.argv[1:]
+    print(*run(1, *given, int(trials), killed=True), *run(int(processes), *given, int(trials)))

@@ -380,7 +380,7 @@ def test_a_model_without_parameters():
             TypeError,
             "A rule has no 'patern'. Did you mean 'pattern'? It takes name, pattern, modules, max_ndim, group, "
             "optimizer, weight_decay, multiplier, default_exemptions, before_norm, optional, per_parameter, "
-            "layer_multiplier.",
+            "layer_multiplier, towards.",
         ),
     ],
 )  # fmt: skip

@@ -63,7 +63,7 @@ def test_messages() -> None:
     for given in ({}, {"fraction": 0.1, "steps": 3}):
         with pytest.raises(ValueError, match="Expected one of `fraction` and `steps` of WarmupSchedule, got fraction="):
             WarmupSchedule(**given)
-    with pytest.raises(ValueError, match="WarmupSchedule needs a finite `steps` above 0, but got 0"):
+    with pytest.raises(ValueError, match="Expected `steps` to be finite and above 0, got 0"):
         WarmupSchedule(steps=0)
 
 

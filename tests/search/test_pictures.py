@@ -151,3 +151,22 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert names(result(), "all") == ["trials.csv", "metric.png", "curves.png", "l2_norm.png", "gap.png"]
     assert names(result(train=False, norm=False, seeds=1), "some") == ["trials.csv", "metric.png", "curves.png"]
     assert names(SearchResult(result().trials[3:]), "none") == ["trials.csv"]
+
+
+def test_what_harms_by_far_presses_nothing_flat() -> None:
+    """Four accuracies within 0.004, and one that is worse by 0.3 and noisy."""
+    accuracies = {0.0: 0.726, 0.01: 0.725, 0.1: 0.722, 1.0: 0.724, 10.0: 0.45}
+    noise = {10.0: 0.1}
+    trials = [
+        Trial(n, weight_decay, runs=tuple(Run(s, mean + s * noise.get(weight_decay, 1e-3)) for s in (-1, 0, 1)))
+        for n, (weight_decay, mean) in enumerate(accuracies.items())
+    ]
+    _, axes = plot_metric(SearchResult(trials, SearchPlan(monitor="val_acc", mode="max"))).axes
+    assert axes.get_yscale() == "symlog"
+    near, far = (axes.transData.transform((1, value))[1] for value in (0.004, 0.276))
+    assert near - axes.transData.transform((1, 0.0))[1] > (far - near) / 10
+
+
+def test_lambda_0_is_seen_before_the_suggestion() -> None:
+    lines = plot_curves(result(zero=True)).axes[0].get_lines()
+    assert max(lines, key=lambda line: line.get_zorder()).get_color() == "black"

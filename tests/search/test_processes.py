@@ -1,4 +1,6 @@
-"""Processes that share a search: none of the trials is lost, none done twice, a killed one's is run again.
+"""Processes that share a search: no trial is lost, none done twice, and those of killed processes are run again.
+
+One is killed in the middle of a training, one between taking a trial and its first sign of life.
 
 The test with a database server runs on Debian, after `apt install postgresql` and `pip install "psycopg[binary]"`, by
 
@@ -50,7 +52,7 @@ def share_a_search(storage: str, log: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
         killed = kill_one_in_the_middle_of_a_training(parent, log)
         codes, _ = parent.communicate(timeout=120)
-    assert codes.split() == ["-9", "0", "0"]
+    assert Counter(codes.split()) == {"-9": 2, "0": 2}
     begun, ended = (Counter(tuple(line[2:]) for line in lines(log) if line[0] == word) for word in ("begin", "end"))
     assert len(ended) == TRIALS * 2, "every lambda with every seed"
     assert set(ended.values()) == {1}, "none done twice"

@@ -1,22 +1,20 @@
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lightning_l2.search import Run, Trial, search_weight_decay
-from lightning_l2.search.suggestion import best_trial, difference, suggested_trial, verdict
+from lightning_l2.search import Run, SearchPlan, Trial, search_weight_decay
+from lightning_l2.search.suggestion import Comparison, difference
 
 
 def trial(weight_decay: float, *values: float, state: str = "complete", error: str | None = None) -> Trial:
     return Trial(0, weight_decay, state=state, runs=tuple(Run(*run) for run in enumerate(values)), error=error)
 
 
-def test_mean_and_spread() -> None:
-    assert trial(0.1, 1.0, 2.0, 4.0).mean == pytest.approx(7 / 3)
-    assert trial(0.1, 1.0, 2.0, 4.0).spread == pytest.approx(math.sqrt(7 / 3))  # the sample's: n - 1
-    assert math.isnan(trial(0.1, 1.0).spread)
-    assert math.isnan(trial(0.1).mean)
+def found(*trials: Trial, mode: Any = "min", **plan: Any) -> Comparison:
+    return Comparison(trials, SearchPlan(mode=mode, **plan))
 
 
 def test_the_largest_within_one_standard_error_of_the_difference() -> None:
@@ -25,27 +23,27 @@ def test_the_largest_within_one_standard_error_of_the_difference() -> None:
     within = trial(0.02, 1.0, 2.0, 3.3)
     # differences 0.1, 0.1, 0.4: mean 0.2, the same standard error
     beyond = trial(0.04, 1.1, 2.1, 3.4)
-    assert best_trial([beyond, within, best]) is best
-    assert suggested_trial([beyond, within, best]) is within
+    assert found(beyond, within, best).best is best
+    assert found(beyond, within, best).suggestion is within
 
 
 def test_what_all_trials_share_is_no_noise() -> None:
     """The plain standard error of the best mean is 0.58 here; lambda=0.1 is worse with each seed alike."""
     best, worse = trial(0.01, 1.0, 2.0, 3.0), trial(0.1, 1.5, 2.5, 3.5)
     assert statistics.stdev([1.0, 2.0, 3.0]) / math.sqrt(3) > 0.5
-    assert suggested_trial([best, worse]) is best
+    assert found(best, worse).suggestion is best
 
 
 def test_a_large_metric_can_be_good() -> None:
     trials = [trial(0.01, 0.90, 0.92), trial(0.02, 0.89, 0.93), trial(0.04, 0.80, 0.81)]
-    assert best_trial(trials, sign=-1).weight_decay == 0.02  # a tie in the mean, the larger lambda
-    assert suggested_trial(trials, sign=-1).weight_decay == 0.02
-    assert best_trial(trials).weight_decay == 0.04
+    assert found(*trials, mode="max").best.weight_decay == 0.02  # a tie in the mean, the larger lambda
+    assert found(*trials, mode="max").weight_decay == 0.02
+    assert found(*trials).best.weight_decay == 0.04
 
 
 def test_one_seed_gives_the_plain_best() -> None:
     trials = [trial(0.01, 1.0), trial(0.02, 1.0), trial(0.1, 1.001)]
-    assert suggested_trial(trials).weight_decay == 0.02
+    assert found(*trials).weight_decay == 0.02
 
 
 def test_only_complete_trials_count() -> None:
@@ -55,13 +53,13 @@ def test_only_complete_trials_count() -> None:
         trial(0.2, math.nan, state="failed", error="nan"),
         trial(0.3, state="running"),
     ]
-    assert suggested_trial(trials) is best_trial(trials) is trials[0]
+    assert found(*trials).suggestion is found(*trials).best is trials[0]
 
 
 def test_nothing_complete_tells_the_reasons() -> None:
     trials = [trial(0.1, state="failed", error="val_loss is nan"), trial(0.2, 1.0, state="pruned")]
     with pytest.raises(RuntimeError, match=r"None of the 2 trials is complete.*lambda=0\.1: val_loss is nan"):
-        best_trial(trials)
+        _ = found(*trials).best
 
 
 def test_the_suggestion_covers_the_optimum_as_often_as_one_standard_error_should() -> None:
@@ -72,12 +70,14 @@ def test_the_suggestion_covers_the_optimum_as_often_as_one_standard_error_should
     """
     generator = np.random.default_rng(0)
     pairs = [(trial(0.1, *values[0]), trial(0.2, *values[1])) for values in generator.normal(size=(4000, 2, 5))]
-    taken = statistics.fmean(suggested_trial(pair).weight_decay == 0.2 for pair in pairs)
+    taken = statistics.fmean(found(*pair).weight_decay == 0.2 for pair in pairs)
     assert taken == pytest.approx(0.813, abs=0.02)
 
 
-def told(*trials: Trial, sign: int = 1) -> tuple[float, str | None]:
-    return suggested_trial(trials, sign).weight_decay, verdict(trials, "val_loss", sign)
+def told(*trials: Trial, mode: Any = "min") -> tuple[float, str | None]:
+    """Return the suggestion and what is said of it, in a range that goes on to both sides."""
+    comparison = found(*trials, mode=mode, low=1e-9, high=1e9)
+    return comparison.weight_decay, comparison.remark
 
 
 def test_the_difference_and_its_standard_error() -> None:
@@ -91,13 +91,13 @@ def test_the_difference_and_its_standard_error() -> None:
 def test_at_most_one_decade_above_the_best() -> None:
     """Where noise is large, everything is within one standard error."""
     best, *larger = trial(0.01, 1.0, 3.0), trial(0.1, 1.5, 2.6), trial(0.2, 1.9, 2.2)
-    assert suggested_trial([best, *larger]) is larger[0]
+    assert found(best, *larger).suggestion is larger[0]
 
 
 def test_never_worse_than_zero() -> None:
     """0.02 is within one standard error of the best, and worse than lambda = 0."""
     zero, best, near = trial(0.0, 2.0, 2.1, 2.0), trial(0.01, 1.0, 2.0, 1.9), trial(0.02, 1.0, 2.0, 3.2)
-    assert suggested_trial([best, near]) is near
+    assert found(best, near).suggestion is near
     assert told(zero, best, near) == (0.01, None)
 
 
@@ -106,7 +106,7 @@ def test_weight_decay_that_does_not_help() -> None:
     zero = trial(0.0, 0.4138, 0.4238, 0.4038)
     rows = {1e-5: 0.0, 3.16e-5: -0.0002, 1e-3: 0.0011, 1e-2: 0.02}
     trials = [zero, *(trial(value, *(run.value + away for run in zero.runs)) for value, away in rows.items())]
-    assert best_trial(trials).weight_decay == 3.16e-5
+    assert found(*trials).best.weight_decay == 3.16e-5
     assert told(*trials) == (1e-3, "Weight decay does not help here; up to 0.001 it does no harm.")
 
 
@@ -123,8 +123,8 @@ def test_what_is_better_by_less_than_its_standard_error_does_not_help() -> None:
 def test_one_percent_of_an_accuracy_is_one_of_its_errors() -> None:
     """From 97 to 97.5 % is a sixth of the errors; 96.5 % does harm, although it is less than 1 % of the accuracy."""
     zero = trial(0.0, 0.97, 0.97)
-    assert told(zero, trial(0.01, 0.975, 0.975), sign=-1) == (0.01, None)
-    assert told(zero, trial(0.01, 0.97, 0.9701), trial(0.1, 0.965, 0.965), sign=-1)[0] == 0.01
+    assert told(zero, trial(0.01, 0.975, 0.975), mode="max") == (0.01, None)
+    assert told(zero, trial(0.01, 0.97, 0.9701), trial(0.1, 0.965, 0.965), mode="max")[0] == 0.01
 
 
 def test_a_lambda_that_changes_no_bit_is_never_suggested() -> None:

@@ -1,4 +1,4 @@
-"""Who runs a trial: the storage decides once; what a dead process leaves behind is run again."""
+"""Where trials are kept and who runs one: the storage decides once; what a dead process leaves behind is run again."""
 
 import warnings
 from pathlib import Path
@@ -8,8 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_l2.search.queue import Queue, keep_alive, place_of, trials_by_place
-from lightning_l2.search.storage import open_storage
+from lightning_l2.search.storage import Queue, keep_alive, open_storage, trials_by_place
 
 PLACES = 3
 
@@ -28,25 +27,28 @@ def states(study: optuna.Study) -> list[str]:
     return [trial.state.name for trial in trials_by_place(study)]
 
 
-def places(study: optuna.Study, *trials: Any) -> list[int | None]:
-    return [None if trial is None else place_of(study, trial) for trial in trials]
+def take(queue: Queue, place: int) -> optuna.Trial:
+    taken = queue.take()
+    assert taken is not None
+    assert taken[1] == place
+    return taken[0]
 
 
-def make_stale(study: optuna.Study, trial: optuna.Trial) -> None:
-    """Let the last sign of life of a trial be an hour ago: there is one from the moment it was taken."""
+def make_stale(study: optuna.Study, number: int) -> None:
+    """Let the last sign of life of a trial be an hour ago."""
     import sqlalchemy
 
+    hour = "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour') WHERE trial_id = :id"
+    trial_id = study.trials[number]._trial_id
     with study._storage._backend.engine.begin() as connection:
-        hour = sqlalchemy.text(
-            "UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour') WHERE trial_id = :id"
-        )
-        connection.execute(hour, {"id": trial._trial_id})
+        connection.execute(sqlalchemy.text(hour), {"id": trial_id})
 
 
 def test_each_trial_is_handed_out_once(queues: Any) -> None:
     (first, study), (second, _) = queues
-    taken = [queue.take() for queue in (first, second, first, second)]
-    assert places(study, *taken) == [0, 1, 2, None]
+    for place, queue in enumerate((first, second, first)):
+        take(queue, place)
+    assert second.take() is None
     assert states(study) == ["RUNNING"] * 3
 
 
@@ -54,7 +56,7 @@ def test_it_is_finished_when_every_place_has_a_result(queues: Any) -> None:
     (first, study), (second, _) = queues
     for number in range(PLACES):
         assert not second.is_finished()
-        trial = first.take()
+        trial = take(first, number)
         if number == 1:
             trial.set_user_attr("error", "nan")
             study.tell(trial, state=TrialState.FAIL)
@@ -66,32 +68,31 @@ def test_it_is_finished_when_every_place_has_a_result(queues: Any) -> None:
 
 def test_what_was_given_back_keeps_its_values_seeds_and_place(queues: Any) -> None:
     (first, _), (second, other) = queues
-    trials = [first.take() for _ in range(PLACES)]
+    trials = [take(first, place) for place in range(PLACES)]
     value = trials[1].suggest_float("weight_decay", 1e-5, 1e-1, log=True)
     trials[1].set_user_attr("runs", [{"seed": 0}])
     assert first.give_back(trials[1])
     assert not first.give_back(trials[1]), "only once"
-    again = second.take()
-    assert place_of(other, again) == 1
+    again = take(second, 1)
     assert again.user_attrs["runs"] == [{"seed": 0}]
     assert again.suggest_float("weight_decay", 1e-5, 1e-1, log=True) == value
     assert states(other) == ["RUNNING"] * 3
 
 
 def test_what_was_given_back_comes_before_later_places(queues: Any) -> None:
-    (first, study), (second, _) = queues
-    first.give_back(first.take())
-    assert places(study, *(second.take() for _ in range(PLACES))) == [0, 1, 2]
+    (first, _), (second, _) = queues
+    first.give_back(take(first, 0))
+    for place in range(PLACES):
+        take(second, place)
 
 
 def test_a_trial_without_a_sign_of_life_is_run_again(queues: Any) -> None:
     (first, study), (second, other) = queues
-    lost, alive, _ = (first.take() for _ in range(PLACES))
+    lost, alive, _ = (take(first, place) for place in range(PLACES))
     lost.set_user_attr("runs", [{"seed": 0}])
-    make_stale(study, lost)
+    make_stale(study, 0)
     with keep_alive(alive):
-        again = second.take()
-        assert place_of(other, again) == 0
+        again = take(second, 0)
         assert again.user_attrs["runs"] == [{"seed": 0}]
         assert second.take() is None
     assert not first.give_back(lost), "it was only slow, and runs elsewhere now"
@@ -100,26 +101,55 @@ def test_a_trial_without_a_sign_of_life_is_run_again(queues: Any) -> None:
     assert [trial.value for trial in trials_by_place(study)] == [2.0, None, None]
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed:UserWarning")
+def test_a_trial_whose_process_died_the_moment_it_took_it(queues: Any) -> None:
+    """Nothing but `ask` came to pass, of a new trial and of one that was given back and shows its old attributes."""
+    (first, study), (second, _) = queues
+    study.ask()
+    first.give_back(take(first, 1))
+    study.ask()
+    assert [len(found.user_attrs) for found in study.trials] == [1, 1, 1]
+    take(second, 2)
+    assert second.take() is None, "its time has only begun"
+    make_stale(study, 0)
+    make_stale(study, 2)
+    take(second, 0)
+    take(second, 1)
+    assert second.take() is None
+
+
 def test_a_trial_that_was_lost_while_it_was_given_back(queues: Any) -> None:
     """The process died after it failed the trial and before it put another one in its place."""
     (first, study), (second, other) = queues
-    lost = first.take()
-    study.tell(lost, state=TrialState.FAIL)
+    study.tell(take(first, 0), state=TrialState.FAIL)
     second.wait()
     assert states(other) == ["FAIL"], "it may still be at it"
     second.wait()
     assert states(other) == ["WAITING"]
 
 
+def test_a_trial_that_two_processes_put_in_a_place_is_run_once(queues: Any) -> None:
+    (first, study), (second, other) = queues
+    study.tell(take(first, 0), state=TrialState.FAIL)
+    for queue in (first, second, first, second):
+        queue.wait()
+    other.add_trial(study.trials[1])
+    assert [trial.state.name for trial in other.trials] == ["FAIL", "WAITING", "WAITING"]
+    assert second.take() is None, "the earlier one doesn't count"
+    for place in range(PLACES):
+        take(second, place)
+    assert second.take() is None
+
+
 def test_two_processes_ask_for_the_last_place_at_once(queues: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both saw that one was left: the later trial is dropped, and is the next place of a longer search."""
     (first, study), (second, other) = queues
-    first.take()
-    first.take()
+    take(first, 0)
+    take(first, 1)
     ask = other.ask
 
     def late() -> optuna.Trial:
-        first.take()
+        take(first, 2)
         return ask()
 
     monkeypatch.setattr(other, "ask", late)
@@ -128,15 +158,28 @@ def test_two_processes_ask_for_the_last_place_at_once(queues: Any, monkeypatch: 
     longer = Queue(study, PLACES + 1, pause=0.0)
     longer.wait()
     longer.wait()
-    assert place_of(study, longer.take()) == PLACES
+    take(longer, PLACES)
 
 
 def test_a_storage_without_heartbeats() -> None:
-    study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
-    queue = Queue(study, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trial = queue.take()
-    with keep_alive(trial):
-        study.tell(trial, 1.0)
-    assert queue.is_finished()
+    with open_storage(None) as storage:
+        study = optuna.create_study(storage=storage)
+        queue = Queue(study, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trial = take(queue, 0)
+        with keep_alive(trial):
+            study.tell(trial, 1.0)
+        assert queue.is_finished()
+
+
+def test_an_optuna_storage_is_taken_as_it_is() -> None:
+    mine = optuna.storages.InMemoryStorage()
+    with open_storage(mine) as storage:
+        assert storage is mine
+
+
+def test_a_storage_must_be_one() -> None:
+    told = r"storage to be a path, a URL or an Optuna storage but got int: 3"
+    with pytest.raises(TypeError, match=told), open_storage(3):
+        pass
