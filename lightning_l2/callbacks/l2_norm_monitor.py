@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.arguments import check_types
+from lightning_l2.decay.start import WatchedStart, expect_start
 from lightning_l2.monitor.alarms import Alarm, NormAlarms
 from lightning_l2.monitor.histograms import log_histogram, takes_histograms
 from lightning_l2.monitor.layers import Per
@@ -18,6 +20,7 @@ from lightning_l2.trainer.callback import Callback
 from lightning_l2.trainer.clock import ends_step
 from lightning_l2.trainer.logging import log_metrics, log_step, logging_interval
 from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
+from lightning_l2.trainer.restoring import before_restoring
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -37,6 +40,8 @@ class L2NormMonitor(Callback):
     | `l2_rms/<layer>` | $\lVert w \rVert_2 / \sqrt{n}$ with $n$ elements | `rms` |
     | `l2_penalty/<group>` | $\frac{\lambda}{2} \lVert w \rVert_2^2$ | |
     | `weight_decay/<group>` | $\lambda$ in force | |
+    | `weight_decay_left/<group>` | $\prod_t (1 - s_t)$, what decay by itself has left so far | |
+    | `distance/<layer>` | $\lVert w_t - w_0 \rVert_2$, from where training began | `distance` |
     | `grad_norm/<layer>` | $\lVert g \rVert_2$ | `gradients` |
     | `update_norm/<layer>` | $\lVert w_{t+1} - w_t \rVert_2$, decay included | `updates` |
     | `update_rms/<layer>` | the same over $\sqrt{n}$ | `updates` and `rms` |
@@ -60,10 +65,11 @@ class L2NormMonitor(Callback):
     No weight and no random state is touched.
 
     A logged step costs one read of the weights, one transfer from the device and, where parameters are sharded, one
-    collective; a step that isn't logged costs nothing. What options add to a logged step: `gradients` a read of the
-    gradients; `updates` and `rotation` a copy of the weights (in fp32 or wider) that lives until the step's end, and
-    four reads; `spectra` 64 products of each matrix with a vector; `histograms` three reads and a few temporaries of
-    1 MiB; sharded matrices are gathered one by one for the last two, except FSDP1's, which are left out.
+    collective; a step that isn't logged costs microseconds, of counting what decay leaves. What options add to a logged
+    step: `gradients` a read of the gradients; `updates` and `rotation` a copy of the weights (in fp32 or wider) that
+    lives until the step's end, and four reads; `distance` a copy that stays, and a read of it; `spectra` 64 products of
+    each matrix with a vector; `histograms` three reads and a few temporaries of 1 MiB; sharded matrices are gathered
+    one by one for the last two, except FSDP1's, which are left out.
 
     Args:
         every_n_steps: Log at every so many optimizer steps; by default at the Trainer's `log_every_n_steps`.
@@ -72,6 +78,7 @@ class L2NormMonitor(Callback):
         depth: With `per="module"`: roll modules up to names of this many components (`encoder.layer.3` has three).
         include: Regular expression: log only layers in whose name it is found. Totals still cover everything.
         rms: Log root mean squares, comparable between layers of different sizes.
+        distance: Log how far the weights are from those that training began with, as `towards="start"` knows them.
         prog_bar: Show the total norm and penalty in the progress bar, as of the last logged step.
         gradients: Log gradient norms, unscaled: `"before_clipping"` (the same as true) or `"after_clipping"`, as the
             optimizer leaves them.
@@ -98,6 +105,7 @@ class L2NormMonitor(Callback):
         depth: int | None = None,
         include: str | None = None,
         rms: bool = False,
+        distance: bool = False,
         prog_bar: bool = False,
         gradients: bool | Literal["before_clipping", "after_clipping"] = False,
         updates: bool = False,
@@ -114,6 +122,7 @@ class L2NormMonitor(Callback):
             depth=depth,
             include=include,
             rms=rms,
+            distance=distance,
             prog_bar=prog_bar,
             gradients=gradients,
             updates=updates,
@@ -125,6 +134,10 @@ class L2NormMonitor(Callback):
         )
         # squared norm of each parameter at the start of training, by name
         self._initial: dict[str, float] = {}
+        # norms of the weights that training began with, and what decay had left, of a checkpoint
+        self._start_norms: dict[str, float] = {}
+        self._left: dict[str, float] = {}
+        self._start: WatchedStart | None = None
         self._fit: NormTracker | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -136,11 +149,27 @@ class L2NormMonitor(Callback):
                 f"L2NormMonitor(gradients={self.options.gradients!r}) can't reach the gradients, which DeepSpeed keeps "
                 "to itself. Leave the option out; norms, updates and penalties need no gradients."
             )
-        self._initial = {}
+        self._release()
+        self._initial, self._start_norms, self._left = {}, {}, {}
+        if self.options.distance:
+            self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh, with the optimizers that this fit has."""
-        self._fit = NormTracker(self.options, self._initial)
+        self._fit = NormTracker(self.options, self._initial, self._start)
+        self._fit.count(optimizers_in_use(trainer))
+        if self._left:
+            self._fit.go_on(self._left)
+        if self._start is not None:
+            self._start.take(pl_module)
+            norms = self._start.norms(pl_module, trainer.model)
+            self._start.check(norms, self._start_norms)
+            self._start_norms = norms
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the start of weights that nobody asks for."""
+        if self._start is not None:
+            self._start.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Measure the weights that the step's first forward pass is about to use."""
@@ -183,15 +212,24 @@ class L2NormMonitor(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the norms at the start of training, if anything needs them."""
-        if self.options.keeps_initial:
-            checkpoint.setdefault("callbacks", {})[self.state_key] = {"initial_squares": dict(self._initial)}
+        """Keep what decay has left, and the norms at the start of training, if anything needs them."""
+        initial = self._initial if self.options.keeps_initial else {}
+        left = self._left if self._fit is None else self._fit.left()
+        state = {"initial_squares": initial, "left": left, "start": self._start_norms}
+        kept = {key: dict(value) for key, value in state.items() if value}
+        if kept:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = kept
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up the norms at the start of training."""
-        self._initial = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("initial_squares", {}))
+        """Take up what was kept."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        self._initial, self._left, self._start_norms = (
+            dict(state.get(key, {})) for key in ("initial_squares", "left", "start")
+        )
+        if self._start is not None:
+            self._start.resume()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have totals ready for callbacks that monitor them, also within the first accumulation window."""
@@ -229,8 +267,12 @@ class L2NormMonitor(Callback):
         log_metrics(trainer, metrics, totals, step, shown)
 
     def _release(self) -> None:
+        if self._start is not None:
+            self._start.end()
+            self._start = None
         if self._fit is not None:
-            self._fit.end()
+            self._left = self._fit.left()
+            self._fit.stop()
             self._fit = None
 
     def _heed(self, trainer: pl.Trainer, alarms: list[Alarm], step: int) -> None:

@@ -216,8 +216,8 @@ class RuleDecay:
         for group in (group for one in self._groups for group in one.groups):
             known = {key: own for key, own in options.get(group.name, {}).items() if key in group.parent}
             group.own_options.update({key: (own, group.parent[key]) for key, own in known.items()})
-        for count in self._counts:
-            count.go_on(state.get("left", {}))
+        for count in self._counts if "left" in state else ():
+            count.go_on(state["left"])
         rounding = [one.rounding for one in self._attached if isinstance(one, OnWeights) and one.rounding]
         for one, own in zip(rounding, state.get("rounding", ()), strict=False):
             one.load_state_dict(own)

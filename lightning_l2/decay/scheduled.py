@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lightning_l2.param_groups.parts import DecayGroup
 
 
+# At so many places of a schedule its largest value is looked for.
+_SAMPLES = 200
+
+
 class ScheduledDecay:
     r"""Multiply lambda of parameter groups by a schedule: $\lambda_t = \lambda_0 \cdot m(t / (T - 1))$.
 
@@ -92,6 +96,9 @@ class ScheduledDecay:
         self.optimizers = list(optimizers)
         self._groups = decay_groups_of(optimizers)
         self._updates = [one.updates for one in self._groups]
+        if isinstance(self._schedule, Schedule):
+            for one in self._groups:
+                one.plans[self._among] = self.foretell
         self._anchor, self._readable = ((), 0.0), set()
         return True
 
@@ -166,6 +173,15 @@ class ScheduledDecay:
         for one in groups:
             one.multiply(value / anchor if anchor else 0.0, (value, anchor), self._among)
 
+    def foretell(self, group: DecayGroup) -> tuple[float, float]:
+        """Return lambda of a group at the end of the training and at its largest; as now with a feedback schedule."""
+        if isinstance(self._schedule, FeedbackSchedule):
+            return (float(group.weight_decay),) * 2
+        base = 1.0 if self._values == "multiplier" else self.anchor()
+        unit = float(group.base) / base if base else 0.0
+        values = [float(self._schedule(progress / _SAMPLES)) for progress in range(_SAMPLES + 1)]
+        return values[-1] * unit, max(values) * unit
+
     def read(self, optimizer: Optimizer, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ask a feedback schedule for the multipliers of an optimizer's groups, and put them in force."""
         schedule: Any = self._schedule
@@ -227,6 +243,7 @@ class _Written:
 
     def remove(self) -> None:
         self._groups.schedules.remove(self._among)
+        self._groups.plans.pop(self._among, None)
         self._groups.is_scheduled = False
 
 

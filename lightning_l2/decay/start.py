@@ -87,6 +87,12 @@ class Start:
             start = self._weights[param] = start.to("cpu" if self.device == "cpu" else param.device, param.dtype)
         return start
 
+    def take(self, model: nn.Module) -> None:
+        """Have the starts of all parameters of a module that have a shape."""
+        for param in model.parameters():
+            if not is_lazy(param):
+                self.of(param)
+
     def norms(self, model: nn.Module, root: nn.Module | None = None) -> dict[str, float]:
         """Return the L2 norms of the starts of a module's parameters that somebody has asked for, by name.
 
@@ -181,6 +187,17 @@ def squared_distances(
     return _squares(
         params, (local_part(p) - start.to(p.device) for p, start in zip(params, starts, strict=True)), shards
     )
+
+
+def local_squared_distances(params: Sequence[Tensor], starts: Iterable[Tensor]) -> Tensor:
+    """Return `squared_distances` of what this process holds alone.
+
+    >>> local_squared_distances([torch.tensor([3.0])], [torch.tensor([1.0])])
+    tensor([4.], dtype=torch.float64)
+    """
+    moved = (local_part(param) - start.to(param.device) for param, start in zip(params, starts, strict=True))
+    sums = [squared_norms([one.detach()]) for one in moved]
+    return torch.cat(sums) if sums else torch.zeros(0)
 
 
 def _squares(

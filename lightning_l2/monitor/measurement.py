@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from lightning_l2.decay.start import Start
     from lightning_l2.monitor.layers import Watched
 
 Values: TypeAlias = dict[int, Any]
@@ -32,13 +33,14 @@ class Reading:
             `"moves"`: the weights before minus those after a step, and those after it. For these it returns one number
             each, to be added up where a parameter is spread over processes. `"wholes"`: one logged weight, gathered;
             it returns a tensor, or None. `"groups"`: an optimizer, and a part of its groups that decays alike, when
-            the optimizer has updated; it returns a number on the host. `"start"`: nothing; it stands for `WEIGHTS`
-            when training began.
+            the optimizer has updated; it returns a number on the host. `"distances"`: the parameters before a step and
+            what this process holds of them when training began. `"start"`: nothing; it stands for `WEIGHTS` when
+            training began.
         read: The function.
         found: With `"wholes"`: what the host makes of the list of numbers that was read.
     """
 
-    of: Literal["weights", "gradients", "moves", "wholes", "groups", "start"]
+    of: Literal["weights", "gradients", "moves", "wholes", "groups", "distances", "start"]
     read: Callable[..., Any]
     found: Callable[[list[float]], Any] = list
 
@@ -87,12 +89,19 @@ class Measurement:
         watched: The parameters.
         optimizers: Bare torch optimizers.
         readings: What to read, in the same order in all processes; the weights are read at any rate.
+        start: The weights that training began with, for distances from them.
     """
 
     def __init__(
-        self, step: int, watched: Watched, optimizers: Sequence[Optimizer], readings: Iterable[Reading] = ()
+        self,
+        step: int,
+        watched: Watched,
+        optimizers: Sequence[Optimizer],
+        readings: Iterable[Reading] = (),
+        start: Start | None = None,
     ) -> None:
         self.step = step
+        self._start = start
         self._readings = list(dict.fromkeys([WEIGHTS, *readings]))
         # by the optimizer's number
         self._groups: dict[int, dict[Reading, list[Any]]] = {}
@@ -120,6 +129,10 @@ class Measurement:
         parameters = self.watched.parameters
         for reading in self._of("weights"):
             self._sums[reading, 0] = range(len(parameters)), reading.read(parameters)
+        if self._start is not None:
+            for reading in self._of("distances"):
+                starts = map(self._start.of, parameters)
+                self._sums[reading, 0] = range(len(parameters)), reading.read(parameters, starts)
         if self._of("moves"):
             self._before = [_wide_copy(local_part(parameter).detach()) for parameter in parameters]
         if wholes := self._of("wholes"):

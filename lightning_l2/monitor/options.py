@@ -27,6 +27,7 @@ class NormOptions:
     depth: int | None = None
     include: str | None = None
     rms: bool = False
+    distance: bool = False
     prog_bar: bool = False
     gradients: bool | Literal["before_clipping", "after_clipping"] = False
     updates: bool = False

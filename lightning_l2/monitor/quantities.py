@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_l2.decay.start import local_squared_distances
 from lightning_l2.monitor.histograms import Histogram, count_weights, histogram
 from lightning_l2.monitor.measurement import WEIGHTS, Reading
 from lightning_l2.monitor.rotation import angular_update, effective_lr, equilibrium_angle, learning_rate, norm_power
 from lightning_l2.monitor.spectra import extreme_singular_values, reduced
 from lightning_l2.norms.inner_products import local_inner_products
 from lightning_l2.norms.squared import local_squared_norms
+from lightning_l2.param_groups.shrinkage import left_of
 from lightning_l2.sharding import local_part
 
 if TYPE_CHECKING:
@@ -47,6 +49,11 @@ def penalties(step: Step, squares: Reading, lambdas: Reading) -> dict[str, float
 def of_groups(step: Step, of: Reading) -> dict[str, float]:
     """Return what was read of each parameter group."""
     return dict(zip(step.watched.group_names, step.groups[of], strict=True))
+
+
+def of_known_groups(step: Step, of: Reading) -> dict[str, float]:
+    """Return what was read of each parameter group of which it is known."""
+    return {name: value for name, value in of_groups(step, of).items() if value is not None}
 
 
 def angles(step: Step, squares: Reading, moves: Reading, products: Reading) -> dict[str, float]:
@@ -121,6 +128,8 @@ PRODUCTS = Reading("moves", local_inner_products)
 SINGULAR_VALUES = Reading("wholes", reduced, extreme_singular_values)
 COUNTS = Reading("wholes", count_weights, histogram)
 LAMBDAS = Reading("groups", lambda _, part: float(part.weight_decay))
+LEFT = Reading("groups", left_of)
+DISTANCES = Reading("distances", local_squared_distances)
 ANGLES = Reading("groups", equilibrium_angle)
 LRS = Reading("groups", lambda _, part: learning_rate(part.parent))
 POWERS = Reading("groups", lambda optimizer, _: norm_power(optimizer))
@@ -151,9 +160,11 @@ class Quantity:
 QUANTITIES = (
     Quantity("l2_penalty", penalties, (WEIGHTS, LAMBDAS)),
     Quantity("weight_decay", of_groups, (LAMBDAS,)),
+    Quantity("weight_decay_left", of_known_groups, (LEFT,)),
     Quantity("l2_norm", norms, (WEIGHTS,)),
     Quantity("l2_rms", ratios, (WEIGHTS, SIZES), ("rms",)),
     Quantity("norm_ratio", ratios, (WEIGHTS, START), ("initial_ratio",)),
+    Quantity("distance", norms, (DISTANCES,), ("distance",)),
     Quantity("grad_norm", norms, (GRADIENTS,), ("gradients",)),
     Quantity("update_norm", norms, (MOVES,), ("updates",)),
     Quantity("update_rms", ratios, (MOVES, SIZES), ("updates", "rms")),

@@ -10,7 +10,8 @@ from lightning_l2.monitor.layers import Watched, regroup, signature, watch
 from lightning_l2.monitor.measurement import WEIGHTS, Measurement, Step
 from lightning_l2.monitor.quantities import START, Quantity, logged, wanted
 from lightning_l2.optimizers.inner import is_hookable
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.param_groups.shrinkage import Shrinkage, count_shrinkage
 from lightning_l2.sharding import show_shards
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from lightning_l2.decay.start import Start
     from lightning_l2.monitor.alarms import Alarm
     from lightning_l2.monitor.options import NormOptions
 
@@ -45,6 +47,7 @@ class NormTracker:
     Args:
         options: What to measure.
         initial: Squared norm of each parameter at the start of training by name; the first measurement fills it.
+        start: The weights that training began with, for distances from them.
 
     Attributes:
         seen: For the caller: the label of the last step that began, None at first.
@@ -52,11 +55,13 @@ class NormTracker:
         has_updated: Whether an optimizer has updated since a step began.
     """
 
-    def __init__(self, options: NormOptions, initial: dict[str, float]) -> None:
+    def __init__(self, options: NormOptions, initial: dict[str, float], start: Start | None = None) -> None:
         self.seen: int | None = None
         self.is_logged = self.has_updated = False
         self._options = options
         self._initial = initial
+        self._start = start
+        self._counts: Attachments[Shrinkage] = Attachments(lambda _, optimizer: count_shrinkage(optimizer))
         self._measurement: Measurement | None = None
         self._wanted: list[Quantity] = []
         # of the alarms: norms at the previous step, and what was raised
@@ -95,6 +100,7 @@ class NormTracker:
             holders: Optimizers around the bare ones.
         """
         self.end()
+        self.count(optimizers)
         self.is_logged, self._holders = order is not None, holders
         watched = self._watch(model, optimizers, root)
         if not watched.parameters:
@@ -103,12 +109,30 @@ class NormTracker:
         self.has_updated = False
         self._wanted = wanted(self._options, order)
         readings = [reading for quantity in self._wanted for reading in quantity.reads]
-        self._measurement = Measurement(step, watched, optimizers, readings)
+        self._measurement = Measurement(step, watched, optimizers, readings, self._start)
         self._measurement.read_weights()
         for number, optimizer in enumerate(optimizers):
             if is_hookable(optimizer):
                 self._hooks.append(_ReadingHook(self, number, optimizer))
         self._optimizers = optimizers
+
+    def count(self, optimizers: Sequence[Optimizer]) -> None:
+        """Count what decay leaves of the weights, in each step of the optimizers from now on."""
+        self._counts.follow([optimizer for optimizer in optimizers if is_hookable(optimizer)])
+
+    def left(self) -> dict[str, float]:
+        """Return what decay has left of the weights, by the names of the groups for which it is known."""
+        return {name: left for one in self._counts for name, left in one.left().items()}
+
+    def go_on(self, left: Mapping[str, float]) -> None:
+        """Go on from what `left` returned at another time."""
+        for one in self._counts:
+            one.go_on(left)
+
+    def stop(self) -> None:
+        """Leave the optimizers alone."""
+        self.end()
+        self._counts.remove()
 
     def before_clipping(self, number: int, optimizer: Optimizer) -> None:
         """Read the gradients of an optimizer's parameters, complete and not clipped yet."""

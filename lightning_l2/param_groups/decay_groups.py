@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -50,6 +50,7 @@ class DecayGroups:
         way: The way to decay that somebody has attached, None for the optimizer's own.
         is_scheduled: Whether a schedule has written multipliers.
         schedules: Which parts schedules take, by a pattern of their names, or None for all.
+        plans: What gives lambda of a part at the end of such a schedule and at its largest, where that is known.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -59,6 +60,7 @@ class DecayGroups:
         self.way: Acting | None = None
         self.is_scheduled = False
         self.schedules: list[re.Pattern[str] | None] = []
+        self.plans: dict[re.Pattern[str] | None, Callable[[DecayGroup], tuple[float, float]]] = {}
         # what schedules of some parts gave last
         self._among: dict[re.Pattern[str], tuple[Sequence[float], tuple[float, float] | None]] = {}
         self._optimizer = weakref.ref(optimizer)
@@ -201,6 +203,13 @@ class DecayGroups:
             _multiply(self.unnamed(), multipliers, absolute)
         if self._fixed:
             self.write()
+
+    def foretell(self, group: DecayGroup) -> tuple[float, float]:
+        """Return lambda of a part at the end of the training and at its largest, as far as that is planned."""
+        for among, plan in self.plans.items():
+            if among is None or among.search(group.name):
+                return plan(group)
+        return (float(group.weight_decay),) * 2
 
     def unschedule(self, among: re.Pattern[str] | None = None) -> None:
         """Forget what a schedule gave to the parts that it takes."""

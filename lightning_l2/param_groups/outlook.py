@@ -27,13 +27,14 @@ class Outlook:
         group: Its name.
         first: Lambda in the first step.
         last: Lambda in the last step, as far as that is planned.
+        largest: The largest lambda that is planned.
         share: The share s of the weights that decay takes in a step at the peaks of learning rate and lambda; None
             where there is none, or nobody knows it.
         steps: How many steps T the training has, None where nobody knows.
         vanishing: The share below which decay rounds away in the number format of the weights.
         dtype: That format.
 
-    >>> outlook = Outlook("decay", 1.0, 1.0, share=0.001, steps=1000, vanishing=0.0, dtype="float32")
+    >>> outlook = Outlook("decay", 1.0, 1.0, 1.0, share=0.001, steps=1000, vanishing=0.0, dtype="float32")
     >>> outlook.timescale, round(outlook.left, 2)
     (1000.0, 0.37)
     """
@@ -41,6 +42,7 @@ class Outlook:
     group: str
     first: float
     last: float
+    largest: float
     share: float | None
     steps: int | None
     vanishing: float
@@ -91,7 +93,7 @@ class Outlook:
             yield (
                 f"Weight decay of group {self.group!r} takes all of the weights in one step: eta * lambda = "
                 f"{self.share:g} at the peak of the learning rate. Give a weight_decay of less than "
-                f"{max(self.first, self.last) / self.share:g}."
+                f"{self.largest / self.share:g}."
             )
         if self.share < self.vanishing:
             yield (
@@ -111,7 +113,7 @@ class Outlook:
         changes = self.share * self.steps
         return (
             f"Weight decay changes the weights of group {self.group!r} by {100 * changes:.2g} % over the whole "
-            f"training (eta * lambda * steps = {changes:.2g}); a lambda of {max(self.first, self.last) / changes:.2g} "
+            f"training (eta * lambda * steps = {changes:.2g}); a lambda of {self.largest / changes:.2g} "
             "would act over it."
         )
 
@@ -125,12 +127,13 @@ def outlook_of(groups: DecayGroups, group: DecayGroup, steps: int | None) -> Out
         steps: How many steps the training has, None where nobody knows.
     """
     first = float(group.weight_decay)
-    last = first if group.last is None else group.last
+    last, largest = groups.foretell(group)
     return Outlook(
         group=group.name,
         first=first,
         last=last,
-        share=groups.share(group, peak_lr_of(group.parent), max(first, last)),
+        largest=max(first, largest),
+        share=groups.share(group, peak_lr_of(group.parent), max(first, largest)),
         steps=steps,
         vanishing=vanishing_share(group.params) if groups.rounds_away else 0.0,
         dtype=coarsest(group.params),

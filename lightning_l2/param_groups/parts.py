@@ -86,7 +86,6 @@ class DecayGroup:
         configured: The parent's weight decay as a checkpoint restored it, and what holds until somebody changes that.
         given: The base, where it does not follow from the parent's weight decay.
         multiplier: What schedules multiply lambda with.
-        last: Lambda at the end of what is scheduled, None where nothing is, or nobody knows.
         absolute: Lambda that stands for a base and that base, where a schedule gives those.
         name: A unique name over all optimizers of a module.
         child: What stands for it while the optimizer updates: the same object each time, as compiled steps expect.
@@ -101,7 +100,6 @@ class DecayGroup:
     given: float | None = None
     multiplier: float = 1.0
     absolute: tuple[float, float] | None = None
-    last: float | None = None
     name: str = ""
     child: dict[str, Any] | None = None
     own_options: dict[str, tuple[Any, Any]] = field(default_factory=dict)

@@ -151,6 +151,12 @@ class Shrinkage(StepHook):
         self._counts, self._version, self._restored = [], -1, dict(left)
 
 
+def left_of(optimizer: Optimizer, group: DecayGroup) -> float | None:
+    """Return what decay has left of the weights of a part of an optimizer's groups; None if nobody has counted."""
+    known = _KNOWN.get(optimizer)
+    return None if known is None else next((one.left for one in known.counts() if one.group is group), None)
+
+
 _KNOWN: weakref.WeakKeyDictionary[Any, Shrinkage] = weakref.WeakKeyDictionary()
 
 
