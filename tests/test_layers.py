@@ -2,12 +2,11 @@
 
 import ast
 import importlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import lightning_l2
+from tests.processes.forked import python
 
 PACKAGE = Path(lightning_l2.__file__).parent
 TESTS = Path(__file__).parent
@@ -186,8 +185,8 @@ for name in ["lightning_l2", *(f"lightning_l2.{{face}}" for face in {faces})]:
     [getattr(module, name) for name in module.__all__]
 print(*[name for name in lazy if name in sys.modules])
 """
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=PACKAGE.parent)
+    found = python("-c", program)
+    assert found.returncode == 0, found.stderr
     assert not found.stdout.split()
 
 

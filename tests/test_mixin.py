@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,6 +15,7 @@ from lightning_l2.mixin import WeightDecayMixin
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.rules import DecayRule
 from tests.helpers import batches, make_trainer
+from tests.processes import forked, sharded_mixin
 
 RULES = [DecayRule("head", pattern=r"^head\.weight", multiplier=0.5), "default"]
 
@@ -263,11 +260,7 @@ def test_checkpoints_are_shared_with_a_trainers_callback(first, tmp_path):
 
 
 def test_norm_and_penalty_of_a_sharded_module(tmp_path):
-    worker = Path(__file__).parent / "processes" / "sharded_mixin.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2])}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", str(worker), str(tmp_path)], check=True, timeout=200, env=environment
-    )
+    forked.ranks(sharded_mixin.work, tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["sharded"] == pytest.approx(found["whole"], rel=1e-6)
@@ -300,6 +293,6 @@ pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=F
 
 
 def test_modules_of_the_other_package():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False)
+    done = forked.python("-c", SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "{'decay': 0.5, 'no_decay': 0.0}" in done.stdout

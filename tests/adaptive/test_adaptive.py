@@ -5,8 +5,6 @@ import json
 import math
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +32,7 @@ from lightning_l2.adaptive import (
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.schedules import FeedbackSchedule
 from tests.helpers import fp16, make_trainer
-from tests.processes import sharded_adaptive
+from tests.processes import forked, sharded_adaptive
 
 STEPS = 20
 LR = 0.05
@@ -543,9 +541,7 @@ def test_gradients_are_read_unscaled(schedule: FeedbackSchedule, apply: str) -> 
 
 def test_sharded_parameters_are_measured_whole(tmp_path: Path) -> None:
     """Two processes of FSDP2, each with a part of every tensor, against one process with all of them."""
-    root = Path(sharded_adaptive.__file__).parents[2]
-    command = [sys.executable, "-m", "tests.processes.sharded_adaptive", str(tmp_path)]
-    subprocess.run(command, cwd=root, check=True, timeout=200)
+    forked.ranks(sharded_adaptive.work, tmp_path)
     for name, options in sharded_adaptive.OPTIONS.items():
         whole = sharded_adaptive.multipliers_after_two_steps(sharded_adaptive.network(), options)
         for rank in range(2):

@@ -1,9 +1,6 @@
 """`python -m lightning_l2 search` on a project that trains by LightningCLI."""
 
 import csv
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from lightning_l2 import L2Penalty, WeightDecay
 from lightning_l2.__main__ import main
 from lightning_l2.cli.project import Project
 from lightning_l2.search import SearchResult, Trial
+from tests.processes.forked import python
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "tests.cli.project"
@@ -221,18 +219,8 @@ def test_the_dashboard_opens_the_study() -> None:
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(tmp_path: Path) -> None:
     """The interrupt comes in the third of four trainings; the Trainer handles it in its own way."""
     config = write("fit.yaml", BASE)
-    command = [sys.executable, "-m", "lightning_l2", "search", "--config", config]
-    command += ["--search.trials=4", "--search.seeds=1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    stopped = subprocess.run(
-        command,
-        env={**environment, "INTERRUPT_BY": "count"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        # a shell's background job ignores Ctrl-C, and its children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = ["-m", "lightning_l2", "search", "--config", config, "--search.trials=4", "--search.seeds=1"]
+    stopped = python(*command, cwd=tmp_path, environment={"INTERRUPT_BY": "count"})
     assert stopped.returncode == 130, stopped.stderr
     assert "Stopped. 2 of 5 trials are finished and kept in weight_decay_search/study.db" in stopped.stderr
     assert "The same command continues." in stopped.stderr

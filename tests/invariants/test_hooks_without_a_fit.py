@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, We
 from lightning_l2.schedules import LinearSchedule
 from tests.helpers import Net, Rows, Shrinking, assert_same_weights, batches, data, make_trainer, plain
 from tests.others import LAMBDA, STEPS, WAYS, TwoGroups, assert_left, before, decay, ramp
+from tests.processes.forked import python
 
 Callbacks = Callable[[], list[pl.Callback]]
 
@@ -350,14 +349,7 @@ assert abs(model.head.weight[0, 0].item() - 0.97**2) < 1e-12, model.head.weight
 @pytest.mark.parametrize("alias", ["pl", "types.ModuleType('pytorch_lightning')", "None"])
 def test_another_module_under_the_name_of_pytorch_lightning(alias: str) -> None:
     """The usual alias for code that still says so, somebody's stub, and an import that is blocked."""
-    done = subprocess.run(
-        [sys.executable, "-c", ALIASED.format(alias=alias)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python("-c", ALIASED.format(alias=alias))
     assert done.returncode == 0, done.stderr
 
 

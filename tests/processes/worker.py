@@ -1,14 +1,12 @@
 """What each of two processes runs: fits under one strategy, with our callbacks and as an expert does it without them.
 
-``python -m tests.processes.worker STRATEGY FOLDER`` with the environment of `launch` writes FOLDER/RANK.pt.
+Each writes FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -459,8 +457,9 @@ OF_DEEPSPEED = {"rules_and_schedule", "resume_with_a_schedule", "monitor", "coll
 OF_ONE = {"saving": "fsdp2-sharded", "options": "ddp", "edited": "zero"}
 
 
-def found_by(scenarios: dict[str, Callable[[Runner], Any]], name: str, folder: Path) -> dict[str, Any]:
-    """What scenarios find, each with the error it ended with instead of results."""
+def find(scenarios: dict[str, Callable[[Runner], Any]], rank: int, name: str, folder: Path) -> None:
+    """Write what scenarios find, each with the error it ended with instead of results."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found: dict[str, Any] = {}
     for scenario, function in scenarios.items():
         try:
@@ -469,25 +468,14 @@ def found_by(scenarios: dict[str, Callable[[Runner], Any]], name: str, folder: P
             found[scenario] = {"error": f"{type(error).__name__}: {error}"}
             if os.environ.get("SHOW_ERRORS"):
                 logging.exception(scenario)
-    return found
+    torch.save(found, folder / f"{rank}.pt")
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
+def job(rank: int, name: str, folder: Path) -> None:
     """All scenarios of a strategy."""
     chosen = {k: f for k, f in SCENARIOS.items() if OF_ONE.get(k, name) == name}
     if name in ("zero", "fsdp2-full"):
         chosen = {k: f for k, f in chosen.items() if k in OF_CHECKPOINTS or k in OF_ONE}
     elif name.startswith("deepspeed"):
         chosen = {k: f for k, f in chosen.items() if k in OF_DEEPSPEED}
-    return found_by(chosen, name, folder)
-
-
-def main(run: Callable[[str, Path], dict[str, Any]], strategy: str, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.save(run(strategy, Path(folder)), Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
-
-
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    find(chosen, rank, name, folder)
