@@ -20,8 +20,6 @@ MATHEMATICS = {"arguments", "schedules", "convert"}  # plain numbers: no torch
 KNOW_LIGHTNING = {"__init__", "__main__", "mixin", "callbacks", "cli", "search", "trainer"}
 LAZY = "matplotlib optuna rich jsonargparse tensorboard yaml pandas sklearn"
 STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
-    "cli.parser",
-    "cli.project",
     "constraints.in_force",
     "constraints.vectors",
     "decay.arithmetic",
