@@ -1,6 +1,7 @@
 """The architecture is a test: what stands where, and who may import whom."""
 
 import ast
+import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Return what the package's files say, by name: `rules.assign`, `rules.__init__`, `metrics`."""
     return {

@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import pytest
 import pytorch_optimizer
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,7 +28,7 @@ from lightning_l2.adaptive import (
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
 from lightning_l2.schedules import FeedbackSchedule
 from tests.adaptive.trainings import LR, STEPS, groups_of, lr_at, network
-from tests.helpers import fp16, make_trainer
+from tests.helpers import fp16, make_trainer, through_yaml
 from tests.processes import forked, sharded_adaptive
 
 
@@ -65,18 +64,6 @@ def test_misuse_is_a_clear_error(misuse: Callable[[], object], message: str) -> 
         misuse()
 
 
-class Owner:
-    """Take a schedule as a callback does."""
-
-    def __init__(self, schedule: FeedbackSchedule) -> None:
-        """Keep it.
-
-        Args:
-            schedule: what to follow
-        """
-        self.schedule = schedule
-
-
 ALL = [CorrectedDecay(), StableDecay(), AdaptiveDecay(0.2), AlphaDecay(s_max=5.0), AutoL2Decay("loss", error="error")]
 
 
@@ -84,13 +71,10 @@ ALL = [CorrectedDecay(), StableDecay(), AdaptiveDecay(0.2), AlphaDecay(s_max=5.0
 def test_schedules_are_values_and_come_from_yaml(schedule: FeedbackSchedule) -> None:
     assert pickle.loads(pickle.dumps(schedule)) == copy.deepcopy(schedule) == schedule
     assert isinstance(hash(schedule), int)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Owner, "owner")
     path = f"lightning_l2.adaptive.{type(schedule).__name__}"
-    config = {"owner": {"schedule": {"class_path": path, "init_args": vars(schedule)}}}
-    printed = parser.dump(parser.parse_object(config))
+    parsed, printed = through_yaml(FeedbackSchedule, {"class_path": path, "init_args": vars(schedule)})
     assert f"class_path: {path}\n" in printed
-    assert parser.instantiate(parser.parse_string(printed)).owner.schedule == schedule
+    assert parsed == schedule
 
 
 class Module(pl.LightningModule):

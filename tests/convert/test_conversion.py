@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Callable
 
 import pytest
-from jsonargparse import ArgumentParser
 
 from lightning_l2.convert import (
     Conversion,
@@ -16,6 +15,7 @@ from lightning_l2.convert import (
     TrainingSetup,
 )
 from tests.convert.test_formulas import ABOVE
+from tests.helpers import through_yaml
 
 SETUP = TrainingSetup(lr=0.002, steps_per_epoch=50, epochs=80, batch_size=100, samples=5000)
 CONVERSIONS: list[tuple[Conversion, float]] = [
@@ -83,25 +83,8 @@ def test_misuse_is_a_clear_error(misuse: Callable[[], object], message: str) -> 
         misuse()
 
 
-class Owner:
-    """Take a weight decay as a callback does."""
-
-    def __init__(self, weight_decay: float | Conversion | None = None) -> None:
-        """Keep it.
-
-        Args:
-            weight_decay: a number, or what becomes one
-        """
-        self.weight_decay = weight_decay
-
-
 def parse(weight_decay: object) -> tuple[object, str]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Owner, "owner")
-    printed = parser.dump(parser.parse_object({"owner": {"weight_decay": weight_decay}}))
-    again = parser.parse_string(printed)
-    assert parser.dump(again) == printed
-    return parser.instantiate(again).owner.weight_decay, printed
+    return through_yaml(float | Conversion | None, weight_decay)
 
 
 @pytest.mark.parametrize("conversion", [conversion for conversion, _ in CONVERSIONS], ids=repr)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 200
+SECONDS = 250
 IMPORTED = ["lightning.pytorch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
 
 _context = multiprocessing.get_context("forkserver")

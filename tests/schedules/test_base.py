@@ -1,7 +1,6 @@
 """What holds of every schedule: ranges, errors, equality, and its way through jsonargparse."""
 
 import copy
-import json
 import math
 import pickle
 import re
@@ -10,7 +9,6 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonargparse import ArgumentParser
 
 from lightning_l2.schedules import (
     ConstantSchedule,
@@ -28,6 +26,7 @@ from lightning_l2.schedules import (
     SequenceSchedule,
     WarmupSchedule,
 )
+from tests.helpers import parser_of, through_yaml
 from tests.schedules.every import (
     FEEDBACK,
     ONE_OF_EACH,
@@ -128,23 +127,7 @@ def test_schedules_are_values(schedule: Schedule | FeedbackSchedule) -> None:
         schedule.__setattr__("anything", 1)
 
 
-class Owner:
-    """Hold a schedule as a callback does."""
-
-    def __init__(self, schedule: Schedule | FeedbackSchedule) -> None:
-        """Keep the schedule.
-
-        Args:
-            schedule: what to follow
-        """
-        self.schedule = schedule
-
-
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(Owner, "owner")
-    return parser
+ANY = Schedule | FeedbackSchedule
 
 
 def as_config(schedule: object) -> object:
@@ -155,17 +138,9 @@ def as_config(schedule: object) -> object:
     return [as_config(item) for item in schedule] if isinstance(schedule, tuple) else schedule
 
 
-def through_yaml(schedule: object) -> tuple[object, str]:
-    once = parser().parse_string(json.dumps({"owner": {"schedule": as_config(schedule)}}))
-    printed = parser().dump(once)
-    again = parser().parse_string(printed)
-    assert parser().dump(again) == printed
-    return parser().instantiate(again).owner.schedule, printed
-
-
 @pytest.mark.parametrize("schedule", [*ONE_OF_EACH, *FEEDBACK], ids=repr)
 def test_yaml_gives_the_schedule_and_prints_public_paths(schedule: Schedule | FeedbackSchedule) -> None:
-    parsed, printed = through_yaml(schedule)
+    parsed, printed = through_yaml(ANY, as_config(schedule))
     assert parsed == schedule
     assert f"class_path: lightning_l2.schedules.{type(schedule).__name__}\n" in printed
 
@@ -181,31 +156,31 @@ nested = st.recursive(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(nested, fraction)
 def test_nested_schedules_survive_yaml(schedule: Schedule, progress: float) -> None:
-    parsed, _ = through_yaml(schedule)
+    parsed, _ = through_yaml(ANY, as_config(schedule))
     assert parsed == schedule
     assert parsed(progress) == schedule(progress)
 
 
 def test_command_line_overrides_yaml_and_short_names_do() -> None:
-    arguments = ["--owner.schedule=CosineSchedule", "--owner.schedule.start=1", "--owner.schedule.end=10"]
-    parsed = parser().instantiate(parser().parse_args([*arguments, "--owner.schedule.end=5"]))
-    assert parsed.owner.schedule == CosineSchedule(1.0, 5.0)
+    arguments = ["--value=CosineSchedule", "--value.start=1", "--value.end=10"]
+    parsed = parser_of(ANY).instantiate(parser_of(ANY).parse_args([*arguments, "--value.end=5"]))
+    assert parsed.value == CosineSchedule(1.0, 5.0)
 
 
 def test_misspelt_argument_is_an_error_that_names_it() -> None:
     config = {"class_path": "lightning_l2.schedules.CosineSchedule", "init_args": {"start": 1.0, "stop": 2.0}}
     with pytest.raises(Exception, match="stop"):
-        parser().parse_object({"owner": {"schedule": config}})
+        parser_of(ANY).parse_object({"value": config})
 
 
 def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
     for schedule in [*ONE_OF_EACH, *FEEDBACK]:
         documented = dict(re.findall(r"^ +(\w+): (.+)$", type(schedule).__doc__.partition("Args:")[2], re.MULTILINE))
         with pytest.raises(SystemExit):
-            parser().parse_args([f"--owner.schedule.help=lightning_l2.schedules.{type(schedule).__name__}"])
+            parser_of(ANY).parse_args([f"--value.help=lightning_l2.schedules.{type(schedule).__name__}"])
         text = " ".join(capsys.readouterr().out.split())
         for argument in vars(schedule):
             assert documented[argument] in text

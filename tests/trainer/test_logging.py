@@ -22,13 +22,6 @@ def test_an_own_cadence_goes_before_the_trainers(every_n_steps: int | None, fast
     assert logging_interval(trainer, every_n_steps) == expected
 
 
-class Stepped(Rows):
-    """Keeps the step of each row too."""
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        super().log_metrics({**metrics, "step": step})
-
-
 class Logging(Shrinking):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.log("one", 1.0)
@@ -50,10 +43,10 @@ class Seen(pl.Callback):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_are_those_of_the_trainers_own_rows(accumulate: int) -> None:
-    seen, logger = Seen(), Stepped()
+    seen, logger = Seen(), Rows()
     options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 2, "max_epochs": 2}
     make_trainer([seen], logger=logger, **options).fit(Logging(), batches(5))
-    assert seen.due == sorted({row["step"] for row in logger.rows if "one" in row})
+    assert seen.due == list(logger.by_step("one"))
     assert len(seen.due) >= 3
     assert seen.never == []
 
@@ -65,10 +58,10 @@ def test_each_logger_is_called_once_and_the_monitored_is_where_callbacks_look() 
             log_metrics(trainer, {"d": 3.0}, step=7)
             log_metrics(trainer, {}, monitor={"e": 5.0})
 
-    loggers = [Stepped(), Stepped()]
+    loggers = [Rows(), Rows()]
     trainer = make_trainer([Log()], logger=loggers)
     trainer.fit(Shrinking(), batches(2))
     for logger in loggers:
-        expected = [{"a": 1.0, "b": 2.0, "step": 0}, {"d": 3.0, "step": 7}, {"a": 1.0, "b": 2.0, "step": 1}]
-        assert [row for row in logger.rows if "epoch" not in row] == [*expected, {"d": 3.0, "step": 7}]
+        assert logger.rows == [{"a": 1.0, "b": 2.0}, {"d": 3.0}] * 2
+        assert logger.steps == [0, 7, 1, 7]
     assert {key: value.item() for key, value in trainer.callback_metrics.items()} == pytest.approx({"c": 0.1, "e": 5.0})
