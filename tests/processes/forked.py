@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,16 @@ def python(*arguments: str, **options: Any) -> Done:
 def ranks(function: Callable[..., None], *arguments: Any, processes: int = 2, **options: Any) -> None:
     """Call ``function(rank, *arguments)`` in processes that find each other as a launcher's do; all must end well.
 
-    torch's process group is closed when all have come to their end.
+    Each closes torch's process group once all have come to their end: one that closes early fails what others wait for,
+    even in a barrier of the group's own.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # with which a Trainer starts no processes of its own
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "NODE_RANK": "0"}
-    jobs = [(_rank, (function, rank, arguments)) for rank in range(processes)]
+    end = _context.Barrier(processes)
+    jobs = [(_rank, (function, rank, arguments, end)) for rank in range(processes)]
     ended = _run(jobs, environment={**launched, **options.pop("environment", {})}, **options)
     failed = [f"process {rank} ended with {done.returncode}: {done.stderr[-3000:]}" for rank, done in enumerate(ended)]
     assert not any(done.returncode for done in ended), "\n".join(failed)
@@ -137,12 +140,12 @@ def _program(*arguments: str) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-def _rank(function: Callable[..., None], rank: int, arguments: tuple[Any, ...]) -> None:
+def _rank(function: Callable[..., None], rank: int, arguments: tuple[Any, ...], end: Barrier) -> None:
     import torch.distributed as dist
 
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank))
     warnings.simplefilter("ignore")
     function(rank, *arguments)
+    end.wait()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
