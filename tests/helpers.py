@@ -152,12 +152,35 @@ class Rows(DummyLogger):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[dict[str, Any]] = []
+        self.steps: list[int | None] = []
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self.rows.append(dict(metrics))
+        self.steps.append(step)
 
     def of(self, key: str) -> list[Any]:
         return [row[key] for row in self.rows if key in row]
+
+    def by_step(self, key: str) -> dict[int | None, Any]:
+        return {step: row[key] for step, row in zip(self.steps, self.rows, strict=True) if key in row}
+
+
+def parser_of(kind: Any) -> Any:
+    """A parser of one value of a type, as LightningCLI has for the arguments of a callback."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return parser
+
+
+def through_yaml(kind: Any, given: object) -> tuple[Any, str]:
+    """What a YAML file's value becomes, and how it is printed, from which the same comes again."""
+    parser = parser_of(kind)
+    printed = parser.dump(parser.parse_object({"value": given}))
+    again = parser.parse_string(printed)
+    assert parser.dump(again) == printed
+    return parser.instantiate(again).value, printed
 
 
 def plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ from lightning_l2.cli.project import SearchOptions
 from lightning_l2.constraints import bounds, methods
 from lightning_l2.monitor import NormAlarms
 from lightning_l2.search.plan import Range, SearchPlan
-from tests.schedules.test_schedules import CLOSED_FORMS
+from tests.schedules.every import CLOSED_FORMS
 
 LINEAR = schedules.LinearSchedule(1.0, 2.0)
 # Everything that a user builds, with arguments, at least those that it can't do without.

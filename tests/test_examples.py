@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,14 @@ from torch.nn import functional as F
 
 from lightning_l2.plots import read_history
 from tests.figures import assert_readable
+from tests.processes.forked import python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run_example(name: str, *arguments: str) -> str:
     """Run an example in a process of its own and return what it prints."""
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
+    run = python(str(EXAMPLES / name), *arguments)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout + run.stderr
 

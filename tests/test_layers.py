@@ -1,14 +1,14 @@
 """The architecture is a test: what stands where, and who may import whom."""
 
 import ast
+import functools
 import importlib
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import lightning_l2
+from tests.processes.forked import python
 
 PACKAGE = Path(lightning_l2.__file__).parent
 TESTS = Path(__file__).parent
@@ -22,36 +22,12 @@ MATHEMATICS = {"arguments", "schedules", "convert"}  # plain numbers: no torch
 KNOW_LIGHTNING = {"__init__", "__main__", "mixin", "callbacks", "cli", "search", "trainer"}
 LAZY = "matplotlib optuna rich jsonargparse tensorboard yaml pandas sklearn"
 STILL_WITHOUT_TESTS_OF_THEIR_NAME: set[str] = {
-    "adaptive.adamc",
-    "adaptive.alpha_decay",
-    "adaptive.auto_l2",
-    "adaptive.awd",
-    "adaptive.selection",
-    "adaptive.swd",
-    "cli.parser",
-    "cli.project",
-    "convert.conversion",
-    "convert.formulas",
     "decay.arithmetic",
     "decay.penalty",
-    "extras",
-    "plots.curves",
-    "plots.heatmap",
-    "plots.histograms",
-    "plots.history",
-    "plots.preview",
-    "plots.schedule",
-    "schedules.base",
-    "schedules.composed",
-    "schedules.cycles",
-    "schedules.feedback",
-    "schedules.shapes",
-    "trainer.clock",
-    "trainer.logging",
-    "trainer.optimizers",
 }
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Return what the package's files say, by name: `rules.assign`, `rules.__init__`, `metrics`."""
     return {
@@ -171,8 +147,8 @@ for name in ["lightning_l2", *(f"lightning_l2.{{face}}" for face in {faces})]:
     [getattr(module, name) for name in module.__all__]
 print(*[name for name in lazy if name in sys.modules])
 """
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=PACKAGE.parent)
+    found = python("-c", program)
+    assert found.returncode == 0, found.stderr
     assert not found.stdout.split()
 
 

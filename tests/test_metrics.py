@@ -2,11 +2,8 @@
 
 import copy
 import math
-import os
 import pickle
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.wrappers import Running
 
 from lightning_l2.metrics import L2Norm, L2Penalty, l2_norm, l2_penalty
+from tests.processes import forked, replicated_metrics
 
 STATISTICS: dict[str, Any] = {
     "last": lambda values: values[-1],
@@ -312,10 +310,7 @@ def test_plot(metric_class: Any, several: bool) -> None:
 
 
 def test_two_processes_that_hold_the_same_weights(tmp_path: Path) -> None:
-    worker = Path(__file__).parent / "processes" / "replicated_metrics.py"
-    environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(worker), str(tmp_path)]
-    subprocess.run(command, check=True, timeout=200, env=environment)
+    forked.ranks(replicated_metrics.work, tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, (value, expected) in found.items():

@@ -158,7 +158,7 @@ class GaussianPrior(Conversion):
 class Normalised(Conversion):
     r"""Keep a value that suits any length: $weight_decay = normalised * \sqrt{batch_size / (samples * epochs)}$.
 
-    Where the data has no length this is `normalised / sqrt(steps)`, of the training's steps.
+    Where the data has no length this is $normalised / \sqrt{steps}$, of the training's steps.
 
     Args:
         weight_decay: Normalised weight decay, that of a training with a single step, at least 0.

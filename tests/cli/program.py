@@ -1,6 +1,6 @@
 """A training script as users write it, run once for many command lines.
 
-``python -m tests.cli.program PACKAGE`` reads a JSON list of argument lists and answers with what each of them did.
+``python -m tests.cli.program PACKAGE FILE`` reads a JSON list of argument lists and answers with what each of them did.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,9 +70,8 @@ def run(package: Any, cli: Any, arguments: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    chosen = PACKAGES[sys.argv[1]]
+    chosen, lines = PACKAGES[sys.argv[1]], json.loads(Path(sys.argv[2]).read_text())
     del sys.argv[1:]
     package, cli = importlib.import_module(chosen), importlib.import_module(f"{chosen}.cli").LightningCLI
-    answers = [run(package, cli, arguments) for arguments in json.load(sys.stdin)]
+    answers = [run(package, cli, arguments) for arguments in lines]
     print("ANSWERS" + json.dumps(answers))

@@ -1,4 +1,4 @@
-"""A project that trains by LightningCLI."""
+"""A project that trains by LightningCLI: its classes, its configuration, and what its own command builds."""
 
 import os
 import signal
@@ -7,9 +7,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_l2 import WeightDecay
+
+PROJECT = "tests.cli.project"
+BASE = {
+    "trainer": {"max_epochs": 1, "accelerator": "cpu", "logger": False},
+    "model": {"class_path": f"{PROJECT}.Model", "init_args": {"hidden": 4}},
+    "data": {"class_path": f"{PROJECT}.Data"},
+}
 
 
 class Model(pl.LightningModule):
@@ -86,3 +96,28 @@ class LinkedCLI(LightningCLI):
 
     def after_fit(self) -> None:
         raise AssertionError("the search trains later")
+
+
+def write(name: str, *parts: dict[str, Any]) -> str:
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            merged[key] = {**merged.get(key, {}), **value}
+    Path(name).write_text(yaml.safe_dump(merged))
+    return name
+
+
+def fit_cli(*arguments: str, **classes: Any) -> LightningCLI:
+    """What the project's own command would build."""
+
+    class BuildOnly(LightningCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            self.config = parser.parse_args(args)
+
+    return BuildOnly(
+        **classes, args=list(arguments), run=False, save_config_callback=None, seed_everything_default=False
+    )
+
+
+def lambdas(cli: LightningCLI) -> list[float]:
+    return [callback.weight_decay for callback in cli.trainer.callbacks if isinstance(callback, WeightDecay)]

@@ -3,10 +3,7 @@
 import inspect
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ import pytest
 import yaml
 
 import lightning_l2
+from tests.processes.forked import python
 
-REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ["lightning", "pytorch_lightning"]
 CALLBACKS = ["WeightDecay", "WeightDecayScheduler", "L2NormMonitor", "L2Penalty", "NormConstraint"]
 STEPS = 8
@@ -145,15 +142,9 @@ class Program:
                 str(self.folder / f"{part}.yaml") if before[i] == "--config" else part for i, part in enumerate(line)
             ]
             full.append(line if any("help" in part for part in line) else line + own)
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.cli.program", package],
-            input=json.dumps(full),
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        file = self.folder / "lines.json"
+        file.write_text(json.dumps(full))
+        done = python("-m", "tests.cli.program", package, str(file), environment={"COLUMNS": "200"})
         assert "ANSWERS" in done.stdout, done.stderr[-3000:]
         return dict(zip(lines, json.loads(done.stdout.split("ANSWERS")[1]), strict=True))
 

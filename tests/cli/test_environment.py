@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.cli.environment import callbacks_from_environment
+from tests.processes.forked import python
 
 SCRIPT = """
 import {package} as pl, torch
@@ -55,26 +53,10 @@ def test_the_file_gives_new_callbacks_each_time() -> None:
     ("package", "is_set"), [("lightning.pytorch", True), ("pytorch_lightning", True), ("lightning.pytorch", False)]
 )
 def test_a_closed_script_is_decayed(package: str, is_set: bool, config: Path) -> None:
-    environment = dict(os.environ, LIGHTNING_L2_CONFIG=str(config) if is_set else "")
-    run = [sys.executable, "-c", SCRIPT.format(package=package)]
-    output = subprocess.run(run, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert f"ratio {0.75 if is_set else 1.0}" in output
-    assert ("no_decay" in output) == is_set
-
-
-BOTH_ORDERS = """
-import {first}, {second}
-callback = lightning_l2.WeightDecay(0.5)
-trainer = pytorch_lightning.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
-assert isinstance(callback, pytorch_lightning.Callback)
-"""
-
-
-@pytest.mark.parametrize("orders", [("lightning_l2", "pytorch_lightning"), ("pytorch_lightning", "lightning_l2")])
-def test_callbacks_are_those_of_pytorch_lightning_whichever_is_imported_first(orders: tuple[str, str]) -> None:
-    """pytorch_lightning 2.5 makes no Trainer with others: "Expected a parent"."""
-    script = BOTH_ORDERS.format(first=orders[0], second=orders[1])
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    variable = {"LIGHTNING_L2_CONFIG": str(config) if is_set else ""}
+    done = python("-c", SCRIPT.format(package=package), environment=variable)
+    assert f"ratio {0.75 if is_set else 1.0}" in done.stdout, done.stderr
+    assert ("no_decay" in done.stdout) == is_set
 
 
 def test_without_the_variable_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,8 @@ def test_what_no_training_says_is_asked_for(conversion: Conversion, data: Any, o
             {"epochs": 1, "fraction": 0.5},
             "Expected one of `epochs`, `fraction` and `steps` of Timescale, got {'epochs': 1, 'fraction': 0.5}.",
         ),
-        ({"fraction": 0.0}, "Expected argument `fraction` to be finite and above 0, but got 0.0."),
-        ({"steps": -3}, "Expected argument `steps` to be finite and above 0, but got -3."),
+        ({"fraction": 0.0}, "Expected `fraction` to be finite and above 0, got 0.0."),
+        ({"steps": -3}, "Expected `steps` to be finite and above 0, got -3."),
     ],
 )
 def test_messages(arguments: dict[str, Any], message: str) -> None:

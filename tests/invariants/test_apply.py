@@ -94,12 +94,25 @@ SAME: dict[str, tuple[Make, str, Make]] = {
 }
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "accumulation": {"accumulate_grad_batches": 3},
+    "clip-by-norm": CLIP,
+    "clip-by-value": {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+}
+ONE_OF_EACH_WAY = ["AdamW made coupled is Adam", "Adam made decoupled is AdamW"]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"accumulate_grad_batches": 3}, CLIP, {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"}],
-    ids=["plain", "accumulation", "clip-by-norm", "clip-by-value"],
+    ("case", "options"),
+    [
+        *(pytest.param(case, {}, id=case) for case in SAME),
+        *(
+            pytest.param(case, options, id=f"{case}-{name}")
+            for case in ONE_OF_EACH_WAY
+            for name, options in OPTIONS.items()
+        ),
+    ],
 )
-@pytest.mark.parametrize("case", SAME)
 def test_what_torch_does_by_itself(case: str, options: dict[str, Any]) -> None:
     """Clipped gradients too: decay acts after clipping, as an optimizer's own does."""
     make, apply, reference = SAME[case]
@@ -287,18 +300,20 @@ def lazy_by_hand(model: Lazy, apply: str, lambdas: list[float], eta: float) -> T
     return w.detach()
 
 
+OF_LAZY_LAYERS = [
+    partial(torch.optim.Rprop, lr=0.1),
+    partial(torch.optim.RMSprop, lr=0.1),
+    partial(torch.optim.AdamW, lr=0.1, weight_decay=0.7),
+    partial(pytorch_optimizer.Lion, lr=0.1, weight_decay=0.7),
+]
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-@pytest.mark.parametrize("scheduler", ["none", "after", "before"])
 @pytest.mark.parametrize("apply", WAYS)
 @pytest.mark.parametrize(
-    "make",
-    [
-        partial(torch.optim.Rprop, lr=0.1),
-        partial(torch.optim.RMSprop, lr=0.1),
-        partial(torch.optim.AdamW, lr=0.1, weight_decay=0.7),
-        partial(pytorch_optimizer.Lion, lr=0.1, weight_decay=0.7),
-    ],
-    ids=lambda make: make.func.__name__,
+    ("make", "scheduler"),
+    [*((make, "after") for make in OF_LAZY_LAYERS), (OF_LAZY_LAYERS[2], "none"), (OF_LAZY_LAYERS[2], "before")],
+    ids=lambda value: value if isinstance(value, str) else value.func.__name__,
 )
 def test_lazy_layers_decay_from_their_first_step_on(make: Make, apply: str, scheduler: str) -> None:
     """Their groups come to be within that step, and then get the lambda of their rule and of the schedule."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
 from torch.utils.data import DataLoader
 
 from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import Net, Rows, Shrinking, assert_same_weights, batches, data, make_trainer, plain
+from tests.helpers import Net, Rows, Shrinking, assert_same_weights, batches, data, make_trainer, plain, weights
 from tests.others import LAMBDA, STEPS, WAYS, TwoGroups, assert_left, before, decay, ramp
+from tests.processes.forked import python
 
 Callbacks = Callable[[], list[pl.Callback]]
 
@@ -80,19 +80,22 @@ class Adapting(Manual):
 @pytest.mark.parametrize("callbacks", NEUTRAL)
 def test_backward_and_steps_in_any_loop(callbacks: str, stage: str) -> None:
     """Before there is an optimizer, in the sanity check, between the epochs and after the fit."""
-
-    def run(mine: list[pl.Callback], step: bool) -> Adapting:
-        model = Adapting(step and stage != "validate")
-        trainer = make_trainer(mine, max_epochs=2, inference_mode=False)
-        if stage != "validate":
-            trainer.fit(model, batches(3), batches(1))
-        if stage != "fit":
-            loop = getattr(trainer, stage.split()[0])
-            loop(model, batches(2), **{} if "predict" in stage else {"verbose": False})
-        return model
-
     for step in (False, True):
-        assert_same_weights(run(NEUTRAL[callbacks](), step), run([], step))
+        assert_same_weights(adapted(stage, step, NEUTRAL[callbacks]), adapted_without(stage, step))
+
+
+def adapted(stage: str, step: bool, callbacks: Callbacks = list) -> dict[str, Tensor]:
+    model = Adapting(step and stage != "validate")
+    trainer = make_trainer(callbacks(), max_epochs=2, inference_mode=False)
+    if stage != "validate":
+        trainer.fit(model, batches(3), batches(1))
+    if stage != "fit":
+        loop = getattr(trainer, stage.split()[0])
+        loop(model, batches(2), **{} if "predict" in stage else {"verbose": False})
+    return weights(model)
+
+
+adapted_without = functools.cache(adapted)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "constraint"])
@@ -111,11 +114,17 @@ def test_steps_before_the_training_decay_nothing(when: str, way: str) -> None:
 )
 @pytest.mark.parametrize("callbacks", NEUTRAL)
 def test_steps_in_hooks_around_the_batches(callbacks: str, hook: str) -> None:
-    models = [Manual(), Manual()]
-    for model, mine in zip(models, ([], NEUTRAL[callbacks]()), strict=True):
-        before(model, hook, lambda model: [model.back() for _ in range(3)])
-        make_trainer(mine).fit(model, batches(STEPS))
-    assert_same_weights(models[1], models[0])
+    assert_same_weights(stepped(hook, NEUTRAL[callbacks]), stepped_without(hook))
+
+
+def stepped(hook: str, callbacks: Callbacks = list) -> dict[str, Tensor]:
+    model = Manual()
+    before(model, hook, lambda model: [model.back() for _ in range(3)])
+    make_trainer(callbacks()).fit(model, batches(STEPS))
+    return weights(model)
+
+
+stepped_without = functools.cache(stepped)
 
 
 def some_are_none(pattern: str) -> DataLoader[Any]:
@@ -350,14 +359,7 @@ assert abs(model.head.weight[0, 0].item() - 0.97**2) < 1e-12, model.head.weight
 @pytest.mark.parametrize("alias", ["pl", "types.ModuleType('pytorch_lightning')", "None"])
 def test_another_module_under_the_name_of_pytorch_lightning(alias: str) -> None:
     """The usual alias for code that still says so, somebody's stub, and an import that is blocked."""
-    done = subprocess.run(
-        [sys.executable, "-c", ALIASED.format(alias=alias)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python("-c", ALIASED.format(alias=alias))
     assert done.returncode == 0, done.stderr
 
 

@@ -27,7 +27,7 @@ from lightning_l2.metrics import l2_penalty
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.schedules import Schedule
 from tests.helpers import Net, assert_same_weights, batches, layout, make_trainer, weights
-from tests.schedules.test_schedules import CLOSED_FORMS
+from tests.schedules.every import CLOSED_FORMS
 
 PHASES = (Phase.explicit, Phase.generate)
 

@@ -1,5 +1,7 @@
 """A resumed run goes on as the uninterrupted one: the same lambda at every real step, the same weights at the end."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,32 @@ IN_A_BATCH = [
 BETWEEN_EPOCHS = ["on_train_epoch_start", "on_validation_start", "on_train_epoch_end"]
 
 
+class Validated(Shrinking):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def validated(callbacks: list[pl.Callback], accumulate: int = 1, ckpt_path: Path | None = None) -> DecayWatch:
+    model = Validated(scheduler=annealed)
+    trainer = make_trainer(callbacks, max_epochs=3, num_sanity_val_steps=0, accumulate_grad_batches=accumulate)
+    trainer.fit(model, batches(6), batches(1), ckpt_path=ckpt_path)
+    return model.watches[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """A folder with a checkpoint of each hook, saved in one fit after so many steps."""
+
+    @functools.cache
+    def save(accumulate: int, after: int) -> Path:
+        folder = tmp_path_factory.mktemp("saved")
+        saves = [SaveIn(hook, after, folder / f"{hook}.ckpt") for hook in IN_A_BATCH + BETWEEN_EPOCHS]
+        validated([*saves, *ours()], accumulate)
+        return folder
+
+    return save
+
+
 @pytest.mark.parametrize(
     ("accumulate", "after", "hook"),
     [
@@ -135,23 +163,12 @@ BETWEEN_EPOCHS = ["on_train_epoch_start", "on_validation_start", "on_train_epoch
         *((3, 3, hook) for hook in IN_A_BATCH),
     ],
 )
-def test_wherever_it_was_saved_the_clock_is_that_of_lr(hook: str, accumulate: int, after: int, tmp_path: Path) -> None:
+def test_wherever_it_was_saved_the_clock_is_that_of_lr(
+    hook: str, accumulate: int, after: int, saved: Callable[[int, int], Path]
+) -> None:
     """Lightning repeats or leaves out a batch after some of these; lambda and lr must still go together."""
-    path = tmp_path / "saved.ckpt"
     total = 18 // accumulate
-
-    class Validated(Shrinking):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            pass
-
-    def run(callbacks: list[pl.Callback], ckpt_path: Path | None = None) -> DecayWatch:
-        model = Validated(scheduler=annealed)
-        trainer = make_trainer(callbacks, max_epochs=3, num_sanity_val_steps=0, accumulate_grad_batches=accumulate)
-        trainer.fit(model, batches(6), batches(1), ckpt_path=ckpt_path)
-        return model.watches[0]
-
-    run([SaveIn(hook, after, path), *ours()])
-    watch = run(ours(), path)
+    watch = validated(ours(), accumulate, saved(accumulate, after) / f"{hook}.ckpt")
     clock = 0.1 / np.array(watch.lrs) - 1
     assert len(clock) >= total - after - 6 // accumulate
     np.testing.assert_allclose(watch.of("head.weight"), 0.2 * clock / (total - 1), rtol=1e-7, atol=1e-12)

@@ -1,15 +1,11 @@
-"""Measure gradients, second moments and spectra in two processes of FSDP2; run by test_adaptive.py.
-
-Each process writes its multipliers as JSON to the folder that is given.
-"""
+"""Measure gradients, second moments and spectra in two processes of FSDP2, which write their multipliers as JSON."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -36,14 +32,8 @@ def multipliers_after_two_steps(model: nn.Module, options: dict[str, bool]) -> l
     return [schedule.multipliers(optimizer, {}, {}) for schedule in schedules]
 
 
-def work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+def work(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     found = {name: multipliers_after_two_steps(fully_shard(network(), mesh=mesh), OPTIONS[name]) for name in OPTIONS}
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # Forked processes needn't import torch again; none of its threads has started yet.
-    multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
+    (folder / f"{rank}.json").write_text(json.dumps(found))

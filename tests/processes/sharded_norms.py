@@ -147,4 +147,5 @@ def work(rank, folder):
 
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
+    # forked processes needn't import torch again, and end without what takes down its threads
+    mp.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")

@@ -69,4 +69,5 @@ def work(rank, folder):
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
+    # forked processes needn't import torch again, and end without what takes down its threads
+    mp.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")

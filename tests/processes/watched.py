@@ -1,11 +1,7 @@
-"""What each of two processes sees under one strategy: in fits with our callbacks, without them, and by an expert.
-
-``python -m tests.processes.watched STRATEGY FOLDER``, launched as `tests.processes.worker` is.
-"""
+"""What each of two processes sees under one strategy: in fits with our callbacks, without them, and by an expert."""
 
 from __future__ import annotations
 
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_l2 import L2NormMonitor, L2Penalty, NormConstraint, WeightDecay
-from tests.processes.worker import STEPS_AN_EPOCH, Expert, Runner, SaveIn, found_by, main, ramp, ramped
+from tests.processes.worker import STEPS_AN_EPOCH, Expert, Runner, SaveIn, find, ramp, ramped
 from tests.spies import Spies, checkpoint
 
 KINDS = ("with", "without")
@@ -68,9 +64,5 @@ def resumed(runner: Runner) -> dict[str, Any]:
     return found
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    return found_by({"whole": whole, "resumed": resumed}, name, folder)
-
-
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+def job(rank: int, name: str, folder: Path) -> None:
+    find({"whole": whole, "resumed": resumed}, rank, name, folder)

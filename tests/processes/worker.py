@@ -1,14 +1,12 @@
 """What each of two processes runs: fits under one strategy, with our callbacks and as an expert does it without them.
 
-``python -m tests.processes.worker STRATEGY FOLDER`` with the environment of `launch` writes FOLDER/RANK.pt.
+Each writes FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -269,25 +267,6 @@ def scenario_resume_with_a_schedule(runner: Runner) -> dict[str, Any]:
     }
 
 
-def scenario_checkpoints(runner: Runner) -> dict[str, Any]:
-    """{with, without} -> {with, without} the plugin, each beside the expert who changes lambda between the epochs."""
-    found = {}
-    for first in ("with", "without"):
-        runner.fit([decay()] if first == "with" else [], epochs=1, save=first)
-        for second in ("with", "without"):
-            kinds = (first, second)
-
-            def decay_of(name: str, step: int, kinds: tuple[str, str] = kinds) -> float:
-                if kinds[step // STEPS_AN_EPOCH] == "without":
-                    return 0.1
-                return 0.3 if name in DECAYED else 0.0
-
-            actual, _ = runner.fit([decay()] if second == "with" else [], resume=first)
-            expected, _ = runner.fit([Expert(decay_of)], by_hand=True)
-            found[f"{first}-{second}"] = {"actual": actual, "expected": expected}
-    return found
-
-
 def scenario_on_resume(runner: Runner) -> dict[str, Any]:
     """lambda is edited between the epochs; beside each policy the expert."""
     runner.fit([decay()], epochs=1, save="edited")
@@ -349,12 +328,6 @@ def scenario_penalty(runner: Runner) -> dict[str, Any]:
     return {"actual": runner.fit([L2Penalty(0.3)], sgd)[0], "expected": runner.fit([decay()], sgd)[0]}
 
 
-def scenario_constraints(runner: Runner) -> dict[str, Any]:
-    each = {per: runner.fit([NormConstraint(0.5, per=per)], sgd)[0] for per in ("parameter", "group")}
-    lagrangian, _ = runner.fit([NormConstraint(0.5, method="lagrangian")], sgd)
-    return {**each, "lagrangian": lagrangian, "none": runner.fit([], sgd)[0]}
-
-
 class SaveIn(pl.Callback):
     """Writes a checkpoint in one hook of one batch, counted from the start of training."""
 
@@ -378,14 +351,15 @@ def scenario_middle(runner: Runner) -> dict[str, Any]:
     def ours() -> list[pl.Callback]:
         return [decay(), WeightDecayScheduler(LinearSchedule(start=0.0, end=1.0))]
 
+    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    batches = (STEPS_AN_EPOCH + 1, STEPS_AN_EPOCH + 2)
+    for kind, callbacks in (("ours", ours()), ("expert", [Expert(expert)])):
+        saves = [SaveIn("on_train_batch_end", batch, runner.folder / f"{batch}-{kind}.ckpt") for batch in batches]
+        runner.fit([*callbacks, *saves], by_hand=kind == "expert", **options)
     found = {}
-    for batch in (STEPS_AN_EPOCH + 1, STEPS_AN_EPOCH + 2):
-        paths = [runner.folder / f"{batch}-{kind}.ckpt" for kind in ("ours", "expert")]
-        options: dict[str, Any] = {"accumulate_grad_batches": 2}
-        runner.fit([*ours(), SaveIn("on_train_batch_end", batch, paths[0])], **options)
-        runner.fit([Expert(expert), SaveIn("on_train_batch_end", batch, paths[1])], by_hand=True, **options)
-        actual, _ = runner.fit(ours(), resume=paths[0].stem, **options)
-        expected, _ = runner.fit([Expert(expert)], by_hand=True, resume=paths[1].stem, **options)
+    for batch in batches:
+        actual, _ = runner.fit(ours(), resume=f"{batch}-ours", **options)
+        expected, _ = runner.fit([Expert(expert)], by_hand=True, resume=f"{batch}-expert", **options)
         found[str(batch)] = {"actual": actual, "expected": expected}
     return found
 
@@ -443,24 +417,16 @@ def scenario_options(runner: Runner) -> dict[str, Any]:
     return found
 
 
-def scenario_layout(runner: Runner) -> dict[str, Any]:
-    """The groups after fit, without and with the callbacks; parameters as their number."""
-
-    def groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
-        return [{k: len(v) if k == "params" else v for k, v in g.items()} for g in trainer.optimizers[0].param_groups]
-
-    return {"actual": groups(runner.fit([decay(), ramp()])[1]), "expected": groups(runner.fit([])[1])}
-
-
 SCENARIOS = {name.removeprefix("scenario_"): f for name, f in dict(globals()).items() if name.startswith("scenario_")}
-OF_CHECKPOINTS = {"rules_and_schedule", "resume_with_a_schedule", "on_resume", "checkpoints", "middle", "layout"}
+OF_CHECKPOINTS = {"rules_and_schedule", "on_resume", "middle"}
 OF_DEEPSPEED = {"rules_and_schedule", "resume_with_a_schedule", "monitor", "collectives", "accumulation", "on_resume"}
 # What only one strategy can do or get wrong
 OF_ONE = {"saving": "fsdp2-sharded", "options": "ddp", "edited": "zero"}
 
 
-def found_by(scenarios: dict[str, Callable[[Runner], Any]], name: str, folder: Path) -> dict[str, Any]:
-    """What scenarios find, each with the error it ended with instead of results."""
+def find(scenarios: dict[str, Callable[[Runner], Any]], rank: int, name: str, folder: Path) -> None:
+    """Write what scenarios find, each with the error it ended with instead of results."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     found: dict[str, Any] = {}
     for scenario, function in scenarios.items():
         try:
@@ -469,25 +435,16 @@ def found_by(scenarios: dict[str, Callable[[Runner], Any]], name: str, folder: P
             found[scenario] = {"error": f"{type(error).__name__}: {error}"}
             if os.environ.get("SHOW_ERRORS"):
                 logging.exception(scenario)
-    return found
+    torch.save(found, folder / f"{rank}.pt")
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
+def job(rank: int, name: str, folder: Path) -> None:
     """All scenarios of a strategy."""
     chosen = {k: f for k, f in SCENARIOS.items() if OF_ONE.get(k, name) == name}
+    if not name.startswith("deepspeed"):
+        chosen.pop("resume_with_a_schedule")  # which others do in `watched`
     if name in ("zero", "fsdp2-full"):
         chosen = {k: f for k, f in chosen.items() if k in OF_CHECKPOINTS or k in OF_ONE}
     elif name.startswith("deepspeed"):
         chosen = {k: f for k, f in chosen.items() if k in OF_DEEPSPEED}
-    return found_by(chosen, name, folder)
-
-
-def main(run: Callable[[str, Path], dict[str, Any]], strategy: str, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.save(run(strategy, Path(folder)), Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
-
-
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+    find(chosen, rank, name, folder)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.processes import watched as watched_processes
 from tests.spies import assert_same
 from tests.strategies.test_strategies import WITH_CHECKPOINTS, Found, assert_equal, found_in, ranks_of
 
@@ -10,7 +11,7 @@ each_strategy = pytest.mark.parametrize("strategy", WITH_CHECKPOINTS)
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return found_in(tmp_path_factory, "watched")
+    return found_in(tmp_path_factory, watched_processes.job)
 
 
 def assert_alike(actual: dict, expected: dict, rank: int) -> None:

@@ -1,11 +1,8 @@
 """A program may import this package before `pytorch_lightning` or after it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.processes.forked import python
 
 PROGRAM = """
 import {first}
@@ -46,11 +43,7 @@ print("ratio", LightningCLI(Module, args=["fit", *options, *callback], save_conf
     ("first", "second"), [("lightning_l2", "pytorch_lightning"), ("pytorch_lightning", "lightning_l2")]
 )
 def test_trainer_and_cli_of_the_other_package_take_the_callbacks(first: str, second: str) -> None:
-    run = [sys.executable, "-c", PROGRAM.format(first=first, second=second)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        run, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200
-    )
+    done = python("-c", PROGRAM.format(first=first, second=second))
     assert done.stdout.count("ratio 0.75") == 3, done.stdout + done.stderr[-2000:]
 
 
@@ -59,7 +52,7 @@ def test_a_look_whether_the_other_package_is_there_changes_nothing() -> None:
         "import importlib.util, sys, lightning_l2; importlib.util.find_spec('pytorch_lightning');"
         "import pytorch_lightning; sys.exit(not issubclass(lightning_l2.WeightDecay, pytorch_lightning.Callback))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=200).returncode == 0
+    assert python("-c", code).returncode == 0
 
 
 def test_an_import_of_the_other_package_that_failed_can_be_repeated() -> None:
@@ -75,9 +68,9 @@ def test_an_import_of_the_other_package_that_failed_can_be_repeated() -> None:
         import pytorch_lightning
         sys.exit(not issubclass(lightning_l2.WeightDecay, pytorch_lightning.Callback))
     """
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=200).returncode == 0
+    assert python("-c", code).returncode == 0
 
 
 def test_the_other_package_is_not_imported() -> None:
     code = "import sys, lightning_l2; lightning_l2.WeightDecay(0.1); sys.exit('pytorch_lightning' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=200).returncode == 0
+    assert python("-c", code).returncode == 0

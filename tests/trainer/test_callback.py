@@ -1,44 +1,73 @@
-"""What reaches into a Trainer or a module where no hook does."""
+"""The base of all callbacks: what a copy starts with, what it holds, and whether it may have company."""
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_l2.trainer.optimizers import on_optimizers_configured
-from tests.helpers import Net
-
-
-def test_acting_on_configured_optimizers_happens_once() -> None:
-    module, seen = Net(), []
-    on_optimizers_configured(module, lambda optimizers, schedulers: seen.append(optimizers))
-    optimizer = module.configure_optimizers()
-    assert seen == [[optimizer]]
-    module.configure_optimizers()
-    assert len(seen) == 1
+from lightning_l2 import WeightDecay
+from lightning_l2.trainer.callback import MANY_WINDOWS, Callback, check_alone
+from tests.helpers import Shrinking, batches, make_trainer
 
 
-def test_a_fit_that_failed_before_it_configured_leaves_nothing_to_the_next_one() -> None:
-    module, acted = Net(), []
-    on_optimizers_configured(module, lambda *_: acted.append("failed"))
-    on_optimizers_configured(module, lambda *_: acted.append("next"))
-    module.configure_optimizers()
-    assert acted == ["next"]
-    assert "configure_optimizers" not in vars(module)
+class Mine(Callback):
+    def __init__(self) -> None:
+        self.setting, self.seen = 3, []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._fit = "of a running fit"
+        self.log("mine", 1.0)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen = [copy.deepcopy(self), pickle.loads(pickle.dumps(self))]
 
 
-@pytest.mark.parametrize("failed_fits", [0, 1, 2])
-def test_a_method_that_a_user_hung_on_the_module_stays(failed_fits: int) -> None:
-    module, acted = Net(), []
-    optimizer = module.configure_optimizers()
+def test_a_copy_has_the_settings_and_nothing_of_the_fit() -> None:
+    callback = Mine()
+    make_trainer([callback]).fit(Shrinking(), batches(1))
+    assert callback._fit == "of a running fit"
+    assert [(type(copied), vars(copied)) for copied in callback.seen] == [(Mine, {"setting": 3, "seen": []})] * 2
 
-    def own() -> Any:
-        return optimizer
 
-    module.configure_optimizers = own
-    for _ in range(failed_fits + 1):
-        on_optimizers_configured(module, lambda optimizers, _: acted.extend(optimizers))
-    assert module.configure_optimizers() is optimizer
-    assert acted == [optimizer]
-    assert module.configure_optimizers is own
+def test_a_module_that_logs_by_a_callback_is_not_kept_by_it() -> None:
+    callback, module = Mine(), Shrinking()
+    make_trainer([callback]).fit(module, batches(1))
+    assert callback.log == module.log
+    reference = weakref.ref(module)
+    del module
+    gc.collect()
+    assert reference() is None
+    assert callback.log is None
+
+
+def test_another_of_the_kind_is_refused_by_its_number_also_a_derived_one() -> None:
+    derived = type("Derived", (Mine,), {})
+    trainer = SimpleNamespace(callbacks=[Mine(), derived()])
+    for callback in trainer.callbacks:
+        with pytest.raises(MisconfigurationException, match=r"The Trainer has 2 Mine callbacks.*Keep one\."):
+            check_alone(trainer, callback, "Keep one.")
+    check_alone(SimpleNamespace(callbacks=[Mine(), Callback()]), Mine(), "Keep one.")
+
+
+class KeptToItself(Shrinking):
+    """Returns an optimizer, and steps another one on the same parameters."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.other = torch.optim.SGD(self.parameters(), lr=0.1)
+        self.other.step()
+
+
+@pytest.mark.parametrize("windows", [3, MANY_WINDOWS + 3])
+def test_optimizers_that_never_update_are_told_with_the_windows_that_went_by(windows: int) -> None:
+    with pytest.warns(UserWarning, match=rf"^{min(windows, MANY_WINDOWS)} windows of batches went by, and SGD has not"):
+        make_trainer([WeightDecay(0.1, summary=False)]).fit(KeptToItself(), batches(windows))
