@@ -400,7 +400,7 @@ def test_a_skipped_step_takes_and_saves_up_nothing(rounding: Any, fused: bool) -
     if rounding == "accumulate":
         # 3e-6 are not yet worth a rounding
         assert torch.equal(layer.weight, start)
-        (saved,) = decay.state_dict()["rounding"]
+        (saved,) = decay.state_dict()["rounding"]["accumulate"]
         assert saved == pytest.approx({"decay/torch.float32": 1 - (1 - 1e-7) ** 30}, rel=1e-6)
     else:
         assert 1 - left_of(layer.weight, start) == pytest.approx(30e-7, rel=0.05)
@@ -474,9 +474,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     folder = tmp_path_factory.mktemp("rounded")
     worker = Path(__file__).parents[1] / "processes" / "rounded_decay.py"
     environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", str(worker), str(folder)], check=True, timeout=200, env=environment
-    )
+    subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder)], check=True, timeout=200, env=environment)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
