@@ -240,10 +240,14 @@ def test_a_step_that_fp16_skips_takes_nothing(rounding: Any) -> None:
 )
 def test_what_does_not_go_with_rounding(options: dict[str, Any], make: MakeOptimizer | None) -> None:
     """At once where the callback can know it, and else before the first step."""
-    with pytest.raises(ValueError, match=f"rounding='{options['rounding']}'"):
+
+    def begin() -> None:
         decay = WeightDecay(0.1, **options)
         assert make is not None
         left_of(decay, make, 1)
+
+    with pytest.raises(ValueError, match=f"rounding='{options['rounding']}'"):
+        begin()
 
 
 def test_the_table_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What decay leaves of the weights, counted: closed forms in float64 under schedules, skipped, lost and unknown steps."""
+"""What decay leaves of the weights, counted: closed forms under schedules, and steps skipped, lost or unknown."""
 
 from __future__ import annotations
 
