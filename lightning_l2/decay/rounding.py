@@ -137,7 +137,8 @@ class Stochastic:
             weight.sub_(value * share)
             return
         # infinity less a share of it is not a number
-        exact = torch.where(weight.isinf(), weight.to(wider), weight.to(wider) - share * value.to(wider))
+        exact = weight.to(wider)
+        exact = torch.where(exact.isinf(), exact, exact - share * value.to(wider))
         nearest = exact.to(weight.dtype)
         # of two neighbours in a format, the one further from 0 has the next larger pattern of bits
         away = torch.where(exact.abs() > nearest.abs().to(wider), 1, -1)

@@ -371,6 +371,25 @@ def test_of_sparse_gradients_only_the_rows_decay(rounding: str) -> None:
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("apply", ["decoupled", "independent"])
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.Adafactor])
+def test_optimizers_that_decay_after_their_update(make: Callable[..., Optimizer], apply: Any, rounding: Any) -> None:
+    weight = normal(2048)
+    start = weight.detach().clone()
+    optimizer = make([weight], lr=1e-2)
+    optimizer.param_groups[0]["weight_decay"] = 1e-1 if apply == "decoupled" else 1e-3
+    attach_decay(optimizer, apply, rounding=rounding)
+
+    def closure() -> Tensor:
+        weight.grad = torch.zeros_like(weight)
+        return torch.zeros(())
+
+    for _ in range(150):
+        optimizer.step(closure)
+    assert left_of(weight, start) == pytest.approx(0.999**150, rel=0.05)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_weights_without_a_gradient_stay(rounding: str) -> None:
     used, unused = normal(), normal()
     start = unused.detach().clone()
