@@ -104,6 +104,11 @@ def attach_decay(
             f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
             "Remove the first one with its handle's `remove()`."
         )
+    if rounding != "nearest" and not _is_attachable(optimizer):
+        raise ValueError(
+            f"rounding={rounding!r} does nothing for {type(optimizer).__name__}, which decays by itself alone. "
+            "Leave it out."
+        )
     if apply == "optimizer":
         _check_own(optimizer)
         if rounding == "nearest" and start is None:

@@ -91,6 +91,7 @@ class RuleDecay:
         check_options(apply, before_clipping, peak_lr, rounding)
         self._model = model
         self._apply = apply
+        self._rounding = rounding
         self._peak_lr = peak_lr
         self._keeps_own = weight_decay is None
         self._resuming = resuming or Resuming("config")
@@ -203,7 +204,12 @@ class RuleDecay:
         options = {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
         rounding = [one.rounding.state_dict() for one in self._attached if isinstance(one, OnWeights) and one.rounding]
         starts = {} if self.start is None else self.start.norms(self._model, self._root)
-        state = {"options": options, "left": self.left(), "rounding": rounding, "start": starts}
+        state = {
+            "options": options,
+            "left": self.left(),
+            "rounding": rounding and {self._rounding: rounding},
+            "start": starts,
+        }
         return {key: value for key, value in state.items() if value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,7 +225,7 @@ class RuleDecay:
         for count in self._counts if "left" in state else ():
             count.go_on(state["left"])
         rounding = [one.rounding for one in self._attached if isinstance(one, OnWeights) and one.rounding]
-        for one, own in zip(rounding, state.get("rounding", ()), strict=False):
+        for one, own in zip(rounding, state.get("rounding", {}).get(self._rounding, ()), strict=False):
             one.load_state_dict(own)
         if self.start is not None:
             self.start.check(self.start.norms(self._model, self._root), state.get("start", {}))

@@ -61,7 +61,9 @@ class Accumulate:
         for group, share in zip(self._groups.groups, shares, strict=True):
             for dtype, params in _by_dtype(group.params).items():
                 key, enough = f"{group.name}/{dtype}", _WORTH_A_ROUNDING.get(dtype, 0.0)
-                saved = 1 - (1 - self._saved.get(key, 0.0)) * (1 - share)
+                before = self._saved.get(key, 0.0)
+                # 1 - s rounds to 1 where a device knows s in fp32
+                saved = before + (1 - before) * share
                 is_due = saved >= enough
                 # a share that is known to a device alone is compared there
                 due.append((params, saved * is_due))
@@ -134,7 +136,9 @@ class Stochastic:
         if wider is None:
             weight.sub_(value * share)
             return
-        exact = weight.to(wider) - share * value.to(wider)
+        # infinity less a share of it is not a number
+        exact = weight.to(wider)
+        exact = torch.where(exact.isinf(), exact, exact - share * value.to(wider))
         nearest = exact.to(weight.dtype)
         # of two neighbours in a format, the one further from 0 has the next larger pattern of bits
         away = torch.where(exact.abs() > nearest.abs().to(wider), 1, -1)
