@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from lightning_l2.constraints.methods import Method, Projection, constrain_
 from lightning_l2.constraints.vectors import ConstrainedVectors
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:

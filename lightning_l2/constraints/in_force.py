@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_l2.optimizers.step_hook import Attachments
+from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.param_groups.decay_groups import decay_groups_of
 from lightning_l2.rules.assign import rules_by_parameter
 from lightning_l2.rules.parameters import is_undecided

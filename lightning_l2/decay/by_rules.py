@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_l2.decay.attach import Apply, attach_decay, check_groups, check_options
-from lightning_l2.optimizers.step_hook import Attachments
+from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.param_groups.bases import RuleBases
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.param_groups.resume import Resuming

@@ -22,7 +22,8 @@ from lightning_l2.decay.arithmetic import (
 )
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.optimizers.facts import ascent_sign, reads_loss, torch_class
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.param_groups.parts import DecayGroup
 

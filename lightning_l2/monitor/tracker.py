@@ -8,7 +8,8 @@ from lightning_l2.monitor.layers import Watched, regroup, signature, watch
 from lightning_l2.monitor.measurement import Reading
 from lightning_l2.monitor.report import NormReport, Observed
 from lightning_l2.optimizers.inner import is_hookable
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.sharding import show_shards
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.param_groups.parts import Decision
+from lightning_l2.param_groups.parts import UNASSIGNED, Decision
 from lightning_l2.rules.assign import resolve_rules, rules_by_parameter
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule
@@ -68,7 +68,7 @@ class RuleBases:
         if parameter not in self._known and not self._is_stranger(parameter):
             self._look_again(parameter)
         if parameter not in self._known:
-            return Decision("unassigned", "", None, None)
+            return Decision(UNASSIGNED, "", None, None)
         name, rule = self._known[parameter]
         is_first = self._first.setdefault(name, number) == number
         key = name if is_first else f"optimizer{number}/{name}"

@@ -6,34 +6,21 @@ its rule or the group's own, and with the multiplier that schedules give it; lam
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.optimizers.inner import updating_optimizers
-from lightning_l2.optimizers.step_hook import step_of
+from lightning_l2.optimizers.step import step_of
 from lightning_l2.param_groups.names import Owner, unique_names
-from lightning_l2.param_groups.parts import UNASSIGNED, Bases, DecayGroup, Decision
+from lightning_l2.param_groups.parts import Bases, DecayGroup, Decision, Family, split
 from lightning_l2.param_groups.update import GroupSwap
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class _Family(NamedTuple):
-    """A user's group, the parameters it had, what it said of weight decay then, and its parts."""
-
-    parent: dict[str, Any]
-    params: list[Tensor]
-    written: Any
-    groups: list[DecayGroup]
-
-    def fits(self, parent: dict[str, Any]) -> bool:
-        params = parent["params"]
-        return parent is self.parent and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+    from torch.optim import Optimizer
 
 
 class DecayGroups:
@@ -44,28 +31,27 @@ class DecayGroups:
 
     Attributes:
         number: The optimizer's index among those of the module.
-        updates: How many updates were made while the groups were held.
+        version: How often the parts have changed, as far as anybody has looked.
         has_way: Whether somebody has attached a way to decay.
         is_scheduled: Whether a schedule has written multipliers.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.number = 0
+        self.version = 0
         self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
-        self.updates = 0
         self.has_way = False
         self.is_scheduled = False
         self._optimizer = weakref.ref(optimizer)
         self._bases: Bases | None = None
         self._configured: Sequence[tuple[tuple[Any, ...], float]] = ()
-        self._families: dict[int, _Family] = {}
+        self._families: dict[int, Family] = {}
         self._multiplier = 1.0
         self._absolute: tuple[float, float] | None = None
         self._fixed: Sequence[float] = ()
         self._is_told = False
         self._named_for: tuple[int, ...] = ()
-        self._version = 0
-        self._swap = GroupSwap(weakref.proxy(self))
+        self._swap = GroupSwap(optimizer)
         self._holders: set[int] = set()
 
     @property
@@ -82,23 +68,17 @@ class DecayGroups:
     def groups(self) -> list[DecayGroup]:
         """The parts, in the order of the user's groups and in each of their first parameters, with their names."""
         siblings = self.siblings
-        found = {id(one): one.unnamed() for one in siblings}
-        versions = tuple(one._version for one in siblings)
+        versions = tuple(one.current_version() for one in siblings)
         if self._named_for != versions:
-            _name(siblings, [found[id(one)] for one in siblings])
+            _name([one.families() for one in siblings])
             for one in siblings:
                 one._named_for = versions
-        return found[id(self)]
-
-    @property
-    def version(self) -> int:
-        """How often the parts have changed, as far as anybody has looked."""
-        return self._version
+        return self.unnamed()
 
     def current_version(self) -> int:
         """Look, and return how often the parts have changed."""
         self.families()
-        return self._version
+        return self.version
 
     @property
     def is_decided(self) -> bool:
@@ -123,7 +103,7 @@ class DecayGroups:
             families.append(family)
         if is_new:
             self._families = {id(one.parent): one for one in families}
-            self._version += 1
+            self.version += 1
         return [family.groups for family in families]
 
     def decide(self, bases: Bases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
@@ -136,7 +116,7 @@ class DecayGroups:
         """
         self._bases, self._configured = bases, configured
         self._families = {}
-        self._version += 1
+        self.version += 1
 
     def multiply(self, multipliers: float | Sequence[float], absolute: tuple[float, float] | None = None) -> None:
         """Set what schedules multiply lambda with.
@@ -148,16 +128,13 @@ class DecayGroups:
         """
         self.is_scheduled, self._absolute = True, absolute
         if isinstance(multipliers, int | float):
-            self._multiplier = multipliers
-            for family in self._families.values():
-                for group in family.groups:
-                    group.multiplier, group.absolute = multipliers, absolute
+            groups = [group for family in self._families.values() for group in family.groups]
+            multipliers = [multipliers]
         else:
             groups = self.unnamed()
-            self._multiplier = multipliers[-1] if multipliers else 1.0
-            late = [self._multiplier] * (len(groups) - len(multipliers))
-            for group, multiplier in zip(groups, [*multipliers, *late], strict=False):
-                group.multiplier, group.absolute = multiplier, absolute
+        self._multiplier = multipliers[-1] if multipliers else 1.0
+        for group, multiplier in zip(groups, chain(multipliers, repeat(self._multiplier)), strict=False):
+            group.multiplier, group.absolute = multiplier, absolute
         if self._fixed:
             self.write()
 
@@ -181,7 +158,7 @@ class DecayGroups:
             TypeError: If the optimizer has no step hooks.
         """
         if not self._holders:
-            step_of(self.optimizer, asks).set_layout(self._swap)
+            step_of(self.optimizer, asks).set_layout(self)
         self._holders.add(id(holder))
 
     def release(self, holder: object) -> None:
@@ -193,6 +170,14 @@ class DecayGroups:
             step_of(self.optimizer, "DecayGroups").set_layout(None)
             self._siblings, self._multiplier, self._absolute, self.is_scheduled = (), 1.0, None, False
             self.decide(None)
+
+    def enter(self, optimizer: Optimizer) -> None:
+        """Put the parts in the place of the user's groups, for an update."""
+        self._swap.enter(optimizer, self.families())
+
+    def leave(self, optimizer: Optimizer, *, has_updated: bool = False, error: BaseException | None = None) -> None:
+        """Put the user's groups back."""
+        self._swap.leave(optimizer, has_updated=has_updated, error=error)
 
     def fix(self, bases: Sequence[float]) -> None:
         """Write lambda in force into the user's own groups from now on, where a strategy leaves no other way.
@@ -210,35 +195,26 @@ class DecayGroups:
             if "weight_decay" in group.parent:
                 group.parent["weight_decay"] = group.weight_decay
 
-    def _make(self, index: int, parent: dict[str, Any]) -> _Family:
+    def _make(self, index: int, parent: dict[str, Any]) -> Family:
         configured = self._configured[index] if index < len(self._configured) else None
-        decided = []
+        decided: list[Decision] = []
         if self._bases is not None:
             own = float((parent.get("weight_decay") if configured is None else configured[1]) or 0.0)
             decided = [self._bases.of(self.number, parameter, parent, own) for parameter in parent["params"]]
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for place in range(len(parent["params"])):
-            members.setdefault(_key(decided[place]) if decided else (), []).append(place)
-        families = self._families.values()
-        before = {group.label: group.multiplier for family in families for group in family.groups}
-        names = {group.label: group.name for family in families if family.parent is parent for group in family.groups}
-        groups = []
-        for places in members.values() or [[]]:
-            params = [parent["params"][place] for place in places]
-            group = DecayGroup(parent, params, places, [decided[place] for place in places if decided], configured)
+        made = split(parent, decided, configured)
+        before = [group for family in self._families.values() for group in family.groups]
+        multipliers = {group.label: group.multiplier for group in before}
+        names = {group.label: group.name for group in before if group.parent is parent}
+        for group in made.groups:
             if index < len(self._fixed):
                 group.given = self._fixed[index]
-            elif group.decisions:
-                group.given = _given(group.decisions[0])
             group.name = names.pop(group.label, "")
-            group.multiplier, group.absolute = before.get(group.label, self._multiplier), self._absolute
-            groups.append(group)
-        return _Family(parent, list(parent["params"]), parent.get("weight_decay"), groups)
+            group.multiplier, group.absolute = multipliers.get(group.label, self._multiplier), self._absolute
+        return made
 
-    def _tell_of_writing(self, family: _Family) -> None:
+    def _tell_of_writing(self, family: Family) -> None:
         written = family.parent.get("weight_decay")
-        is_fixed = any(decision.base is not None for group in family.groups for decision in group.decisions)
-        if self._is_told or not is_fixed or written == family.written:
+        if self._is_told or not family.is_given or written == family.written:
             return
         self._is_told = True
         rank_zero_warn(
@@ -249,31 +225,18 @@ class DecayGroups:
         )
 
 
-def _given(decision: Decision) -> float | None:
-    """Return the base that a rule gives whatever the group says."""
-    return decision.rule.weight_decay if decision.base is None and decision.rule is not None else decision.base
-
-
-def _key(decision: Decision) -> tuple[Any, ...]:
-    rule = decision.rule
-    return (UNASSIGNED,) if rule is None else (rule.group_of(decision.name), decision.base)
-
-
-def _name(siblings: Sequence[DecayGroups], groups: Sequence[Sequence[DecayGroup]]) -> None:
-    owners = []
-    for number, (one, own) in enumerate(zip(siblings, groups, strict=True)):
-        parents = one._swap.users or one.optimizer.param_groups
-        places = {id(parent): index for index, parent in enumerate(parents)}
-        owners += [Owner(number, places[id(g.parent)], _own_name(g.parent), g.label) for g in own]
-    every = [group for own in groups for group in own]
+def _name(optimizers: Sequence[Sequence[Sequence[DecayGroup]]]) -> None:
+    """Name the parts of the groups of optimizers."""
+    owners: list[Owner] = []
+    every: list[DecayGroup] = []
+    for number, families in enumerate(optimizers):
+        for place, family in enumerate(families):
+            own = family[0].parent.get("name")
+            owners += [Owner(number, place, None if own is None else str(own), group.label) for group in family]
+            every += family
     known = {index: group.name for index, group in enumerate(every) if group.name and group.label is not None}
     for group, name in zip(every, unique_names(owners, known), strict=True):
         group.name = name
-
-
-def _own_name(parent: Mapping[str, Any]) -> str | None:
-    name = parent.get("name")
-    return None if name is None else str(name)
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, DecayGroups] = weakref.WeakKeyDictionary()

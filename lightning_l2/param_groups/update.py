@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_l2.optimizers.facts import torch_class
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.optim import Optimizer
 
     from lightning_l2.param_groups.parts import DecayGroup
@@ -17,19 +19,6 @@ if TYPE_CHECKING:
 # What a child has of its own; all other options are its parent's.
 OWN_KEYS = frozenset(("params", "param_names", "weight_decay"))
 _TELLING = ("params", "weight_decay")
-
-
-class Parts(Protocol):
-    """The parts of the groups of one optimizer."""
-
-    updates: int
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer."""
-
-    def families(self) -> list[list[DecayGroup]]:
-        """Return the parts of each of the user's groups."""
 
 
 class GroupSwap:
@@ -40,39 +29,30 @@ class GroupSwap:
     different, each keeps its own until somebody writes to the parent.
 
     Args:
-        groups: The parts of the optimizer's groups.
+        optimizer: The optimizer.
 
     Attributes:
         in_step: What the optimizer is to see in place of the options that its groups have.
         users: The user's groups while children stand in their place, else None.
     """
 
-    def __init__(self, groups: Parts) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.in_step: dict[str, Any] = {}
         self.users: list[dict[str, Any]] | None = None
-        self._groups = groups
-        self._is_torchs = torch_class(groups.optimizer) is not None
+        self._is_torchs = torch_class(optimizer) is not None
         self._given: list[_Given] = []
         # groups, and what they have outside of an update
         self._hidden: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def enter(self, optimizer: Optimizer) -> None:
-        """Put children in the place of the user's groups."""
-        self.leave(optimizer)
-        families = self._groups.families()
-        self._given = []
+    def enter(self, optimizer: Optimizer, families: Iterable[list[DecayGroup]]) -> None:
+        """Put children, one for each part, in the place of the user's groups, which stand there."""
         standing: list[dict[str, Any]] = []
         for family in families:
-            parent = family[0].parent
-            if "weight_decay" in self.in_step:
-                self._hide(parent)
-                standing.append(parent)
-                continue
-            children = self._parts(family)
+            children = self._children(family)
             standing += children
             # torch's own optimizers read all groups, and write nothing into them
-            if not self._is_torchs and children[0] is not parent:
-                self._given.append(_Given(parent, family, children))
+            if not self._is_torchs and children[0] is not family[0].parent:
+                self._given.append(_Given(family, children))
         self.users = list(optimizer.param_groups)
         optimizer.param_groups[:] = standing
 
@@ -96,43 +76,41 @@ class GroupSwap:
         while self._hidden:
             parent, values = self._hidden.pop()
             parent.update(values)
-        if has_updated:
-            self._groups.updates += 1
         if has_updated or isinstance(error, Exception):
             _check_all_were_read(optimizer, given, children, error)
         for one in given:
             one.take_back()
 
-    def _hide(self, parent: dict[str, Any]) -> None:
-        """Let a group have other options for the time of the update: without weight decay there is nothing to split."""
-        hidden = {key: parent[key] for key in self.in_step if key in parent}
-        self._hidden.append((parent, hidden))
-        parent.update((key, self.in_step[key]) for key in hidden)
-
-    def _parts(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
+    def _children(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
+        """Return what stands for a user's group: children, or itself where there is nothing to split."""
         parent, in_step = family[0].parent, self.in_step
+        if "weight_decay" in in_step:
+            hidden = {key: parent[key] for key in in_step if key in parent}
+            self._hidden.append((parent, hidden))
+            parent.update((key, in_step[key]) for key in hidden)
+            return [parent]
         if "weight_decay" not in parent:
             return [parent]
         if len(family) == 1 and not in_step and family[0].weight_decay is parent["weight_decay"]:
             return [parent]
-        children = []
-        for group in family:
-            child = group.child
-            if child is None:
-                child = group.child = {} if self._is_torchs else _Noting()
-            elif len(child) != len(parent):
-                child.clear()
-            child.update(parent)
-            if group.own_options:
-                child.update((key, own) for key, (own, then) in group.own_options.items() if parent.get(key) is then)
-            child["params"] = group.params
-            if "param_names" in parent:
-                child["param_names"] = [parent["param_names"][index] for index in group.indices]
-            child["weight_decay"] = group.weight_decay
-            if in_step:
-                child.update((key, value) for key, value in in_step.items() if key in child)
-            children.append(child)
-        return children
+        return [self._child(group, parent) for group in family]
+
+    def _child(self, group: DecayGroup, parent: dict[str, Any]) -> dict[str, Any]:
+        child = group.child
+        if child is None:
+            child = group.child = {} if self._is_torchs else _Noting()
+        elif len(child) != len(parent):
+            child.clear()
+        child.update(parent)
+        if group.own_options:
+            child.update((key, own) for key, (own, then) in group.own_options.items() if parent.get(key) is then)
+        child["params"] = group.params
+        if "param_names" in parent:
+            child["param_names"] = [parent["param_names"][index] for index in group.indices]
+        child["weight_decay"] = group.weight_decay
+        if self.in_step:
+            child.update((key, value) for key, value in self.in_step.items() if key in child)
+        return child
 
 
 def _check_all_were_read(
@@ -159,12 +137,12 @@ class _Given:
 
     __slots__ = ("children", "family", "parent", "values", "versions")
 
-    def __init__(self, parent: dict[str, Any], family: list[DecayGroup], children: list[dict[str, Any]]) -> None:
-        self.parent, self.family, self.children = parent, family, children
+    def __init__(self, family: list[DecayGroup], children: list[dict[str, Any]]) -> None:
+        self.parent, self.family, self.children = family[0].parent, family, children
         self.values = [list(dict.values(child)) for child in children]
         self.versions: list[int] = []
         if type(children[0]) is _Noting:
-            self.versions = [parameter._version for parameter in parent["params"]]
+            self.versions = [parameter._version for parameter in self.parent["params"]]
 
     def has_moved(self) -> bool:
         """Return whether any of the parameters was changed in place since, as far as torch counts that."""
