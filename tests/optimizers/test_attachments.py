@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.optimizers.turns import Turn
@@ -42,6 +43,7 @@ def test_attachments_follow_optimizers_by_identity() -> None:
 
 def test_attachments_look_before_the_first_step_of_an_optimizer_that_they_do_not_know() -> None:
     known, fresh = Spy(ones(1)), Spy(ones(1))
+    before = list(_global_optimizer_pre_hooks)
     current, looks, log = [known], [], []
 
     def look() -> None:
@@ -57,6 +59,7 @@ def test_attachments_look_before_the_first_step_of_an_optimizer_that_they_do_not
     assert looks == [1]
     assert log[-3:] == ["decay begin False", "decay before update", "decay after update"]
     attachments.remove()
+    assert list(_global_optimizer_pre_hooks) == before
     log.clear()
     known.step()
     fresh.step()

@@ -90,6 +90,26 @@ def test_an_exception_leaves_nothing_of_a_step_behind() -> None:
     assert log == ["decay begin False", "decay before update", "decay after update"]
 
 
+def test_a_step_that_somebody_kept_from_before_may_raise_too() -> None:
+    """Nothing of ours is around it; the next one puts the user's groups back before it looks at them."""
+    parameters = ones(2)
+    optimizer = Spy(parameters)
+    kept = optimizer.step
+    in_force(optimizer, dict(zip(parameters, (0.1, 0.2), strict=True)))
+
+    def fail(index: int, group: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    optimizer.write = fail
+    with pytest.raises(KeyboardInterrupt):
+        kept()
+    optimizer.write = lambda index, group: None
+    for _ in range(2):
+        kept()
+        assert optimizer.lambdas() == [0.1, 0.2]
+        assert len(optimizer.param_groups) == 1
+
+
 class Inheriting(torch.optim.AdamW):
     """Its step calls that of the class it is derived from, so torch runs the hooks of both."""
 
