@@ -16,11 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.optimizers.step import step_of
 from lightning_l2.param_groups.names import Owner, unique_names
-from lightning_l2.param_groups.parts import Bases, DecayGroup, Decision, Family, split
+from lightning_l2.param_groups.parts import DecayGroup, Decision, Family, split
 from lightning_l2.param_groups.update import GroupSwap
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from lightning_l2.param_groups.bases import RuleBases
 
 
 class DecayGroups:
@@ -43,7 +45,7 @@ class DecayGroups:
         self.has_way = False
         self.is_scheduled = False
         self._optimizer = weakref.ref(optimizer)
-        self._bases: Bases | None = None
+        self._bases: RuleBases | None = None
         self._configured: Sequence[tuple[tuple[Any, ...], float]] = ()
         self._families: dict[int, Family] = {}
         self._multiplier = 1.0
@@ -106,11 +108,11 @@ class DecayGroups:
             self.version += 1
         return [family.groups for family in families]
 
-    def decide(self, bases: Bases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
+    def decide(self, bases: RuleBases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
         """Let rules decide on the base lambdas, or, with None, take the groups as they are.
 
         Args:
-            bases: Knows the base of each parameter.
+            bases: Knows the base lambda of each parameter.
             configured: For each of the user's groups what it may say of weight decay since a checkpoint was restored,
                 and the one that holds instead until somebody writes something else.
         """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,20 +35,6 @@ class Decision(NamedTuple):
     def label(self) -> str:
         """What the part is called, before any prefix, that the parameter belongs to."""
         return UNASSIGNED if self.rule is None else self.rule.group_of(self.name)
-
-
-class Bases(Protocol):
-    """Knows the base lambda of each parameter."""
-
-    def of(self, number: int, parameter: Tensor, group: Mapping[str, Any], own: float) -> Decision:
-        """Return what is decided on a parameter.
-
-        Args:
-            number: The index of the optimizer.
-            parameter: One of its parameters.
-            group: The user's group that has it.
-            own: That group's own weight decay, 0 where it has none.
-        """
 
 
 @dataclass(eq=False)
