@@ -154,8 +154,8 @@ class RuleDecay:
 
         The groups hold one value for all parts, so a checkpoint of the optimizer doesn't have these.
         """
-        parts = [group for one in self._groups for group in one.groups if group.own_options]
-        return {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
+        parts = [group for one in self._groups for group in one.groups]
+        return {group.name: options for group in parts if (options := group.options())}
 
     def restore_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
         """Take up what `options` returned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,17 @@ _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 _STEP = "_lightning_l2_step"
 
 
-class Layout(Protocol):
-    """Parameter groups that stand in the optimizer's list while it updates, and only then."""
+class Layout:
+    """Parameter groups that stand in the optimizer's list while it updates, and only then; here the user's own."""
 
     def enter(self, optimizer: Optimizer) -> None:
         """Put them there."""
 
     def leave(self, optimizer: Optimizer, *, has_updated: bool = False, error: BaseException | None = None) -> None:
         """Put the user's own back; harmless where they are there."""
+
+
+_USERS = Layout()
 
 
 def known_step(optimizer: Any) -> Step | None:
@@ -78,7 +81,7 @@ class Step:
         self.is_told = False
         self._optimizer = optimizer
         self._is_torchs = torch_class(optimizer) is not None
-        self._layout: Layout | None = None
+        self._layout = _USERS
         self._hooks: list[Moments] = []
         # what acts in each step under way, the innermost last; nothing in one that torch.distributed makes
         self._running: list[list[Moments] | None] = []
@@ -107,7 +110,7 @@ class Step:
     def set_layout(self, layout: Layout | None) -> None:
         """Let parameter groups stand in the list while the optimizer updates, or only its own."""
         self.settle()
-        self._layout = layout
+        self._layout = layout or _USERS
         self._end_if_unused()
 
     def settle(self, error: BaseException | None = None) -> None:
@@ -117,7 +120,7 @@ class Step:
             RuntimeError: If it raised because the groups were split.
         """
         self._running.clear()
-        self._leave(error=error)
+        self._layout.leave(self._optimizer, error=error)
 
     def before_clipping(self, teller: object) -> None:
         """Let everything act that acts before clipping, unless somebody else has told of the same gradients."""
@@ -129,19 +132,11 @@ class Step:
         self._told.add(id(teller))
 
     def _end_if_unused(self) -> None:
-        if not self._hooks and self._layout is None:
+        if not self._hooks and self._layout is _USERS:
             self._pre.remove()
             self._post.remove()
             self._guard.remove()
             vars(self._optimizer).pop(_STEP, None)
-
-    def _enter(self) -> None:
-        if self._layout is not None:
-            self._layout.enter(self._optimizer)
-
-    def _leave(self, **options: Any) -> None:
-        if self._layout is not None:
-            self._layout.leave(self._optimizer, **options)
 
     def _on_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -150,22 +145,23 @@ class Step:
         if is_inner or (closure is None and _takes_state(self._optimizer)):
             self._running.append(None)
             return None
-        self._leave()
+        self._layout.leave(self._optimizer)
         acting = self._hooks  # another list once one comes or goes
         self._running.append(acting)
-        _act(acting, lambda hook: hook.begin(has_closure=closure is not None))
+        if acting:
+            _act(acting, lambda hook: hook.begin(has_closure=closure is not None))
         if closure is None:
             self._before_update(acting)
             return None
         # An optimizer may read its groups before it asks for the gradient, or while; torch's own don't.
         if not self._is_torchs:
-            self._enter()
+            self._layout.enter(self._optimizer)
         acts = functools.partial(self._evaluate, acting, closure)
         return ((args[0], acts, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": acts})
 
     def _evaluate(self, acting: list[Moments], closure: Callable[[], Any]) -> Any:
         # Whoever runs within the closure finds the user's groups.
-        self._leave()
+        self._layout.leave(self._optimizer)
         for hook in acting:
             hook.before_closure()
         loss = closure()
@@ -177,24 +173,25 @@ class Step:
         return loss
 
     def _before_update(self, acting: list[Moments]) -> None:
-        _act(acting, lambda hook: hook.before_update())
+        if acting:
+            _act(acting, lambda hook: hook.before_update())
         self._told.clear()
-        self._enter()
+        self._layout.enter(self._optimizer)
 
     def _on_stepped(self, *_: Any) -> None:
         acting = self._running.pop() if self._running else []
         if acting is None:
             return
         self.updates += 1
-        self._leave(has_updated=True)
-        _act([hook for hook in acting if hook in self._hooks], lambda hook: hook.after_update())
+        self._layout.leave(self._optimizer, has_updated=True)
+        if acting:
+            _act([hook for hook in acting if hook in self._hooks], lambda hook: hook.after_update())
 
 
+@torch.no_grad()
 def _act(hooks: list[Moments], act: Callable[[Moments], None]) -> None:
-    if hooks:
-        with torch.no_grad():
-            for hook in hooks:
-                act(hook)
+    for hook in hooks:
+        act(hook)
 
 
 class _Guard:

@@ -20,8 +20,6 @@ from lightning_l2.param_groups.parts import DecayGroup, Decision, Family, split
 from lightning_l2.param_groups.update import GroupSwap
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from lightning_l2.param_groups.bases import RuleBases
 
 
@@ -53,7 +51,8 @@ class DecayGroups:
         self._fixed: Sequence[float] = ()
         self._is_told = False
         self._named_for: tuple[int, ...] = ()
-        self._swap = GroupSwap(optimizer)
+        this = weakref.proxy(self)
+        self._swap = GroupSwap(optimizer, lambda: this.families())
         self._holders: set[int] = set()
 
     @property
@@ -130,13 +129,14 @@ class DecayGroups:
         """
         self.is_scheduled, self._absolute = True, absolute
         if isinstance(multipliers, int | float):
-            groups = [group for family in self._families.values() for group in family.groups]
-            multipliers = [multipliers]
+            self._multiplier = multipliers
+            for family in self._families.values():
+                for group in family.groups:
+                    group.multiplier, group.absolute = multipliers, absolute
         else:
-            groups = self.unnamed()
-        self._multiplier = multipliers[-1] if multipliers else 1.0
-        for group, multiplier in zip(groups, chain(multipliers, repeat(self._multiplier)), strict=False):
-            group.multiplier, group.absolute = multiplier, absolute
+            self._multiplier = multipliers[-1] if multipliers else 1.0
+            for group, multiplier in zip(self.unnamed(), chain(multipliers, repeat(self._multiplier)), strict=False):
+                group.multiplier, group.absolute = multiplier, absolute
         if self._fixed:
             self.write()
 
@@ -160,7 +160,7 @@ class DecayGroups:
             TypeError: If the optimizer has no step hooks.
         """
         if not self._holders:
-            step_of(self.optimizer, asks).set_layout(self)
+            step_of(self.optimizer, asks).set_layout(self._swap)
         self._holders.add(id(holder))
 
     def release(self, holder: object) -> None:
@@ -172,14 +172,6 @@ class DecayGroups:
             step_of(self.optimizer, "DecayGroups").set_layout(None)
             self._siblings, self._multiplier, self._absolute, self.is_scheduled = (), 1.0, None, False
             self.decide(None)
-
-    def enter(self, optimizer: Optimizer) -> None:
-        """Put the parts in the place of the user's groups, for an update."""
-        self._swap.enter(optimizer, self.families())
-
-    def leave(self, optimizer: Optimizer, *, has_updated: bool = False, error: BaseException | None = None) -> None:
-        """Put the user's groups back."""
-        self._swap.leave(optimizer, has_updated=has_updated, error=error)
 
     def fix(self, bases: Sequence[float]) -> None:
         """Write lambda in force into the user's own groups from now on, where a strategy leaves no other way.

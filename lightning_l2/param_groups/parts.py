@@ -75,6 +75,10 @@ class DecayGroup:
         rule = self.decisions[0].rule
         return UNASSIGNED if rule is None else rule.name
 
+    def options(self) -> dict[str, Any]:
+        """Return what of its own options holds, as nobody has written to the parent since."""
+        return {key: own for key, (own, then) in self.own_options.items() if self.parent.get(key) is then}
+
     @property
     def label(self) -> str | None:
         """What it is called before any prefix, None where no rule was asked."""

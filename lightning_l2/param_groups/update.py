@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_l2.optimizers.facts import torch_class
+from lightning_l2.optimizers.step import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
     from torch.optim import Optimizer
 
@@ -21,7 +22,7 @@ OWN_KEYS = frozenset(("params", "param_names", "weight_decay"))
 _TELLING = ("params", "weight_decay")
 
 
-class GroupSwap:
+class GroupSwap(Layout):
     """Puts children into `optimizer.param_groups` for the time of an update.
 
     A child has every option of its parent, the user's group, as it is at that moment, the parameters of one part, and
@@ -30,24 +31,26 @@ class GroupSwap:
 
     Args:
         optimizer: The optimizer.
+        families: Gives the parts of each of its groups.
 
     Attributes:
         in_step: What the optimizer is to see in place of the options that its groups have.
         users: The user's groups while children stand in their place, else None.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, families: Callable[[], list[list[DecayGroup]]]) -> None:
         self.in_step: dict[str, Any] = {}
         self.users: list[dict[str, Any]] | None = None
+        self._families = families
         self._is_torchs = torch_class(optimizer) is not None
         self._given: list[_Given] = []
         # groups, and what they have outside of an update
         self._hidden: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def enter(self, optimizer: Optimizer, families: Iterable[list[DecayGroup]]) -> None:
+    def enter(self, optimizer: Optimizer) -> None:
         """Put children, one for each part, in the place of the user's groups, which stand there."""
         standing: list[dict[str, Any]] = []
-        for family in families:
+        for family in self._families():
             children = self._children(family)
             standing += children
             # torch's own optimizers read all groups, and write nothing into them
@@ -81,36 +84,40 @@ class GroupSwap:
         for one in given:
             one.take_back()
 
+    def _hide(self, parent: dict[str, Any]) -> None:
+        """Let a group have other options for the time of the update."""
+        hidden = {key: parent[key] for key in self.in_step if key in parent}
+        self._hidden.append((parent, hidden))
+        parent.update((key, self.in_step[key]) for key in hidden)
+
     def _children(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
         """Return what stands for a user's group: children, or itself where there is nothing to split."""
         parent, in_step = family[0].parent, self.in_step
         if "weight_decay" in in_step:
-            hidden = {key: parent[key] for key in in_step if key in parent}
-            self._hidden.append((parent, hidden))
-            parent.update((key, in_step[key]) for key in hidden)
+            self._hide(parent)
             return [parent]
         if "weight_decay" not in parent:
             return [parent]
         if len(family) == 1 and not in_step and family[0].weight_decay is parent["weight_decay"]:
             return [parent]
-        return [self._child(group, parent) for group in family]
-
-    def _child(self, group: DecayGroup, parent: dict[str, Any]) -> dict[str, Any]:
-        child = group.child
-        if child is None:
-            child = group.child = {} if self._is_torchs else _Noting()
-        elif len(child) != len(parent):
-            child.clear()
-        child.update(parent)
-        if group.own_options:
-            child.update((key, own) for key, (own, then) in group.own_options.items() if parent.get(key) is then)
-        child["params"] = group.params
-        if "param_names" in parent:
-            child["param_names"] = [parent["param_names"][index] for index in group.indices]
-        child["weight_decay"] = group.weight_decay
-        if self.in_step:
-            child.update((key, value) for key, value in self.in_step.items() if key in child)
-        return child
+        children = []
+        for group in family:
+            child = group.child
+            if child is None:
+                child = group.child = {} if self._is_torchs else _Noting()
+            elif len(child) != len(parent):
+                child.clear()
+            child.update(parent)
+            if group.own_options:
+                child.update(group.options())
+            child["params"] = group.params
+            if "param_names" in parent:
+                child["param_names"] = [parent["param_names"][index] for index in group.indices]
+            child["weight_decay"] = group.weight_decay
+            if in_step:
+                child.update((key, value) for key, value in in_step.items() if key in child)
+            children.append(child)
+        return children
 
 
 def _check_all_were_read(
@@ -120,7 +127,7 @@ def _check_all_were_read(
     noting = [child for one in given if one.versions for child in one.children if isinstance(child, _Noting)]
     if not any(child.was_read for child in noting) and not any(one.has_moved() for one in given):
         return
-    unread = [child for child in noting if not child.was_read and dict.__getitem__(child, "params")]
+    unread = [child for child in noting if not child.was_read]
     if unread:
         raise RuntimeError(
             f"{type(optimizer).__name__} updated by {len(children) - len(unread)} of {len(children)} parameter groups: "
@@ -179,6 +186,10 @@ class _Noting(dict[str, Any]):
     """A group that notes whether its parameters, or how they decay, were asked for."""
 
     was_read = False
+
+    def __iter__(self) -> Any:
+        """Have `dict(group)` and `**group` ask for each option, as they do where this is not `dict`'s own."""
+        return super().__iter__()
 
     def __getitem__(self, key: str) -> Any:
         self.was_read |= key in _TELLING
