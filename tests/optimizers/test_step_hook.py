@@ -52,8 +52,8 @@ def test_what_is_attached_or_removed_within_a_step() -> None:
     leaving, staying = Noting(optimizer, Turn.DECAY, log), Noting(optimizer, Turn.CONSTRAINT, [])
 
     def closure() -> None:
-        leaving.remove()
         Noting(optimizer, Turn.MONITOR, log)
+        leaving.remove()
 
     optimizer.step(closure)
     assert [entry for entry in log if "monitor" in entry] == []
