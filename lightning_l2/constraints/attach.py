@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_l2.arguments import check_choice
 from lightning_l2.constraints.held import HeldVectors, Memory
 from lightning_l2.constraints.methods import Method, Projection, constrain_
+from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.optimizers.facts import step_size, torch_class
-from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import decay_groups, decay_groups_of
 from lightning_l2.sharding import is_sharded
 

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_l2.decay.attach import Apply, attach_decay, check_groups, check_options
 from lightning_l2.decay.start import Start, Towards
 from lightning_l2.decay.ways import OnWeights, Way
-from lightning_l2.optimizers.step_hook import Attachments
+from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.param_groups.bases import RuleBases
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.param_groups.resume import Resuming
@@ -200,8 +200,8 @@ class RuleDecay:
         These are `options` that the optimizers have made different within one of the user's groups, which holds one
         value for all parts; what decay has `left`; what `rounding` goes on with; and the norms of the `start`.
         """
-        parts = [group for one in self._groups for group in one.groups if group.own_options]
-        options = {group.name: {key: own for key, (own, _) in group.own_options.items()} for group in parts}
+        parts = [group for one in self._groups for group in one.groups]
+        options = {group.name: options for group in parts if (options := group.options())}
         rounding = [one.rounding.state_dict() for one in self._attached if isinstance(one, OnWeights) and one.rounding]
         starts = {} if self.start is None else self.start.norms(self._model, self._root)
         state = {

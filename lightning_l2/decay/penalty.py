@@ -9,8 +9,10 @@ import torch
 from lightning_l2.decay.arithmetic import add_decay_gradient
 from lightning_l2.decay.start import squared_distances
 from lightning_l2.norms.squared import squared_norms
+from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.optimizers.facts import ascent_sign, reads_loss
-from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:

@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_l2.decay.feedback_view import as_seen
 from lightning_l2.decay.schedule_checks import check_base, check_taken, pattern_of, probe, taken, warn_of_values
-from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.optimizers.attachments import Attachments
+from lightning_l2.optimizers.step_hook import StepHook, updates_of
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups, decay_groups_of
 from lightning_l2.schedules.base import Schedule
 from lightning_l2.schedules.feedback import FeedbackSchedule
@@ -95,7 +97,7 @@ class ScheduledDecay:
             return False
         self.optimizers = list(optimizers)
         self._groups = decay_groups_of(optimizers)
-        self._updates = [one.updates for one in self._groups]
+        self._updates = list(map(updates_of, optimizers))
         if isinstance(self._schedule, Schedule):
             for one in self._groups:
                 one.plans[self._among] = self.foretell
@@ -153,7 +155,7 @@ class ScheduledDecay:
             only_updated: Leave alone optimizers that haven't updated since the last call.
         """
         groups = self._groups
-        updates = [one.updates for one in groups]
+        updates = list(map(updates_of, self.optimizers))
         if only_updated:
             groups = [one for one, now, before in zip(groups, updates, self._updates, strict=True) if now != before]
         self._updates = updates

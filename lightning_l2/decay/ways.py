@@ -37,7 +37,8 @@ from lightning_l2.optimizers.facts import (
 from lightning_l2.optimizers.facts import (
     Way as OwnWay,
 )
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:

@@ -9,8 +9,10 @@ from lightning_l2.monitor.histograms import Histogram
 from lightning_l2.monitor.layers import Watched, regroup, signature, watch
 from lightning_l2.monitor.measurement import WEIGHTS, Measurement, Step
 from lightning_l2.monitor.quantities import START, Quantity, logged, wanted
+from lightning_l2.optimizers.attachments import Attachments
 from lightning_l2.optimizers.inner import is_hookable
-from lightning_l2.optimizers.step_hook import Attachments, StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.shrinkage import Shrinkage, count_shrinkage
 from lightning_l2.sharding import show_shards
 

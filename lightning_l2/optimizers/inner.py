@@ -60,13 +60,9 @@ def _innermost(optimizer: Any, seen: set[int]) -> list[Any]:
     seen.add(id(optimizer))
     if type(optimizer).__module__.startswith("torch.optim."):
         return [optimizer]
-    held = _held(optimizer, seen)
-    if not held:
-        return [optimizer]
-    inner = [innermost for one in held for innermost in _innermost(one, seen)]
+    inner = [innermost for one in _held(optimizer, seen) for innermost in _innermost(one, seen)]
     mine = _parameters(optimizer)
-    others = [_parameters(one) for one in held]
-    updates_itself = not inner or (bool(mine) and all(others) and all(mine.isdisjoint(theirs) for theirs in others))
+    updates_itself = not inner or (bool(mine) and all(mine.isdisjoint(_parameters(one)) for one in inner))
     return [optimizer, *inner] if updates_itself else inner
 
 

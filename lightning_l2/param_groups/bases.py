@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_l2.param_groups.parts import Decision
+from lightning_l2.param_groups.parts import UNASSIGNED, Decision
 from lightning_l2.rules.assign import resolve_rules, rules_by_group
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule
@@ -60,19 +60,25 @@ class RuleBases:
         # by parameter name, the number of the first optimizer that has it
         self._first: dict[str, int] = {}
         # by their `id`, parameters that are not the module's
-        self._strangers: dict[int, weakref.ref[Tensor]] = {}
+        self._strangers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def of(self, number: int, parameter: Tensor, group: Mapping[str, Any], own: float) -> Decision:
-        """Return what is decided on a parameter of a group of the optimizer of that number.
+        """Return what is decided on a parameter.
 
         The module is looked through again for a parameter that it did not have before, and for one that a group did not
         have, where rules ask for groups. One of the same name and rule as another has its base.
+
+        Args:
+            number: The index of the optimizer.
+            parameter: One of its parameters.
+            group: The user's group that has it.
+            own: That group's own weight decay, 0 where it has none.
         """
         place = id(group) if any(rule.asks_optimizers for rule in self._rules) else None
-        if place not in self._known.get(parameter, ()) and not self._is_stranger(parameter):
+        if place not in self._known.get(parameter, ()) and self._strangers.get(id(parameter)) is not parameter:
             self._look_again(parameter)
         if parameter not in self._known:
-            return Decision("unassigned", "", None, None)
+            return Decision(UNASSIGNED, "", None, None)
         places = self._known[parameter]
         info, rule = places[place] if place in places else next(iter(places.values()))
         name = info.name
@@ -109,8 +115,4 @@ class RuleBases:
             # a module that changes while it trains may lose all that a rule is for
             self._known = self._look_up([replace(rule, optional=True) for rule in self._rules])
         if parameter not in self._known:
-            self._strangers[id(parameter)] = weakref.ref(parameter)
-
-    def _is_stranger(self, parameter: Tensor) -> bool:
-        known = self._strangers.get(id(parameter))
-        return known is not None and known() is parameter
+            self._strangers[id(parameter)] = parameter

@@ -6,36 +6,23 @@ its rule or the group's own, and with the multiplier that schedules give it; lam
 
 from __future__ import annotations
 
-import operator
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_l2.optimizers.facts import own_share, own_way
 from lightning_l2.optimizers.inner import updating_optimizers
-from lightning_l2.optimizers.step_hook import step_of
+from lightning_l2.optimizers.step import step_of
 from lightning_l2.param_groups.names import Owner, unique_names
-from lightning_l2.param_groups.parts import UNASSIGNED, Acting, Bases, DecayGroup, Decision
+from lightning_l2.param_groups.parts import Acting, DecayGroup, Decision, Family, split
 from lightning_l2.param_groups.update import GroupSwap
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class _Family(NamedTuple):
-    """A user's group, the parameters it had, what it said of weight decay then, and its parts."""
-
-    parent: dict[str, Any]
-    params: list[Tensor]
-    written: Any
-    groups: list[DecayGroup]
-
-    def fits(self, parent: dict[str, Any]) -> bool:
-        params = parent["params"]
-        return parent is self.parent and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+    from lightning_l2.param_groups.bases import RuleBases
 
 
 class DecayGroups:
@@ -46,7 +33,7 @@ class DecayGroups:
 
     Attributes:
         number: The optimizer's index among those of the module.
-        updates: How many updates were made while the groups were held.
+        version: How often the parts have changed, as far as anybody has looked.
         way: The way to decay that somebody has attached, None for the optimizer's own.
         is_scheduled: Whether a schedule has written multipliers.
         schedules: Which parts schedules take, by a pattern of their names, or None for all.
@@ -55,8 +42,8 @@ class DecayGroups:
 
     def __init__(self, optimizer: Any) -> None:
         self.number = 0
+        self.version = 0
         self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
-        self.updates = 0
         self.way: Acting | None = None
         self.is_scheduled = False
         self.schedules: list[re.Pattern[str] | None] = []
@@ -64,16 +51,16 @@ class DecayGroups:
         # what schedules of some parts gave last
         self._among: dict[re.Pattern[str], tuple[Sequence[float], tuple[float, float] | None]] = {}
         self._optimizer = weakref.ref(optimizer)
-        self._bases: Bases | None = None
+        self._bases: RuleBases | None = None
         self._configured: Sequence[tuple[tuple[Any, ...], float]] = ()
-        self._families: dict[int, _Family] = {}
+        self._families: dict[int, Family] = {}
         self._multiplier = 1.0
         self._absolute: tuple[float, float] | None = None
         self._fixed: Sequence[float] = ()
         self._is_told = False
         self._named_for: tuple[int, ...] = ()
-        self._version = 0
-        self._swap = GroupSwap(weakref.proxy(self))
+        this = weakref.proxy(self)
+        self._swap = GroupSwap(optimizer, lambda: this.families())
         self._holders: set[int] = set()
 
     @property
@@ -90,23 +77,17 @@ class DecayGroups:
     def groups(self) -> list[DecayGroup]:
         """The parts, in the order of the user's groups and in each of their first parameters, with their names."""
         siblings = self.siblings
-        found = {id(one): one.unnamed() for one in siblings}
-        versions = tuple(one._version for one in siblings)
+        versions = tuple(one.current_version() for one in siblings)
         if self._named_for != versions:
-            _name(siblings, [found[id(one)] for one in siblings])
+            _name([one.families() for one in siblings])
             for one in siblings:
                 one._named_for = versions
-        return found[id(self)]
-
-    @property
-    def version(self) -> int:
-        """How often the parts have changed, as far as anybody has looked."""
-        return self._version
+        return self.unnamed()
 
     def current_version(self) -> int:
         """Look, and return how often the parts have changed."""
         self.families()
-        return self._version
+        return self.version
 
     @property
     def is_decided(self) -> bool:
@@ -131,7 +112,7 @@ class DecayGroups:
             families.append(family)
         if is_new:
             self._families = {id(one.parent): one for one in families}
-            self._version += 1
+            self.version += 1
             for among, (multipliers, absolute) in self._among.items():
                 _multiply([group for group in self.groups if among.search(group.name)], multipliers, absolute)
         return [family.groups for family in families]
@@ -158,17 +139,17 @@ class DecayGroups:
         """Whether decay that is too small for the number format of the weights does nothing."""
         return own_way(self.optimizer) == "decoupled" if self.way is None else self.way.rounds_away
 
-    def decide(self, bases: Bases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
+    def decide(self, bases: RuleBases | None, configured: Sequence[tuple[tuple[Any, ...], float]] = ()) -> None:
         """Let rules decide on the base lambdas, or, with None, take the groups as they are.
 
         Args:
-            bases: Knows the base of each parameter.
+            bases: Knows the base lambda of each parameter.
             configured: For each of the user's groups what it may say of weight decay since a checkpoint was restored,
                 and the one that holds instead until somebody writes something else.
         """
         self._bases, self._configured = bases, configured
         self._families = {}
-        self._version += 1
+        self.version += 1
 
     def multiply(
         self,
@@ -269,35 +250,26 @@ class DecayGroups:
             if "weight_decay" in group.parent:
                 group.parent["weight_decay"] = group.weight_decay
 
-    def _make(self, index: int, parent: dict[str, Any]) -> _Family:
+    def _make(self, index: int, parent: dict[str, Any]) -> Family:
         configured = self._configured[index] if index < len(self._configured) else None
-        decided = []
+        decided: list[Decision] = []
         if self._bases is not None:
             own = float((parent.get("weight_decay") if configured is None else configured[1]) or 0.0)
             decided = [self._bases.of(self.number, parameter, parent, own) for parameter in parent["params"]]
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for place in range(len(parent["params"])):
-            members.setdefault(_key(decided[place]) if decided else (), []).append(place)
-        families = self._families.values()
-        before = {group.label: group.multiplier for family in families for group in family.groups}
-        names = {group.label: group.name for family in families if family.parent is parent for group in family.groups}
-        groups = []
-        for places in members.values() or [[]]:
-            params = [parent["params"][place] for place in places]
-            group = DecayGroup(parent, params, places, [decided[place] for place in places if decided], configured)
+        made = split(parent, decided, configured)
+        before = [group for family in self._families.values() for group in family.groups]
+        multipliers = {group.label: group.multiplier for group in before}
+        names = {group.label: group.name for group in before if group.parent is parent}
+        for group in made.groups:
             if index < len(self._fixed):
                 group.given = self._fixed[index]
-            elif group.decisions:
-                group.given = _given(group.decisions[0])
             group.name = names.pop(group.label, "")
-            group.multiplier, group.absolute = before.get(group.label, self._multiplier), self._absolute
-            groups.append(group)
-        return _Family(parent, list(parent["params"]), parent.get("weight_decay"), groups)
+            group.multiplier, group.absolute = multipliers.get(group.label, self._multiplier), self._absolute
+        return made
 
-    def _tell_of_writing(self, family: _Family) -> None:
+    def _tell_of_writing(self, family: Family) -> None:
         written = family.parent.get("weight_decay")
-        is_fixed = any(decision.base is not None for group in family.groups for decision in group.decisions)
-        if self._is_told or not is_fixed or written == family.written:
+        if self._is_told or not family.is_given or written == family.written:
             return
         self._is_told = True
         rank_zero_warn(
@@ -310,36 +282,23 @@ class DecayGroups:
 
 def _multiply(groups: Sequence[DecayGroup], multipliers: Sequence[float], absolute: tuple[float, float] | None) -> None:
     """Set one multiplier for each part, the last also for those that come later."""
-    late = list(multipliers[-1:] or [1.0]) * (len(groups) - len(multipliers))
-    for group, multiplier in zip(groups, [*multipliers, *late], strict=False):
+    late = repeat(multipliers[-1] if multipliers else 1.0)
+    for group, multiplier in zip(groups, chain(multipliers, late), strict=False):
         group.multiplier, group.absolute = multiplier, absolute
 
 
-def _given(decision: Decision) -> float | None:
-    """Return the base that a rule gives whatever the group says."""
-    return decision.rule.weight_decay if decision.base is None and decision.rule is not None else decision.base
-
-
-def _key(decision: Decision) -> tuple[Any, ...]:
-    rule = decision.rule
-    return (UNASSIGNED,) if rule is None else (rule.group_of(decision.name), decision.base)
-
-
-def _name(siblings: Sequence[DecayGroups], groups: Sequence[Sequence[DecayGroup]]) -> None:
-    owners = []
-    for number, (one, own) in enumerate(zip(siblings, groups, strict=True)):
-        parents = one._swap.users or one.optimizer.param_groups
-        places = {id(parent): index for index, parent in enumerate(parents)}
-        owners += [Owner(number, places[id(g.parent)], _own_name(g.parent), g.label) for g in own]
-    every = [group for own in groups for group in own]
+def _name(optimizers: Sequence[Sequence[Sequence[DecayGroup]]]) -> None:
+    """Name the parts of the groups of optimizers."""
+    owners: list[Owner] = []
+    every: list[DecayGroup] = []
+    for number, families in enumerate(optimizers):
+        for place, family in enumerate(families):
+            own = family[0].parent.get("name")
+            owners += [Owner(number, place, None if own is None else str(own), group.label) for group in family]
+            every += family
     known = {index: group.name for index, group in enumerate(every) if group.name and group.label is not None}
     for group, name in zip(every, unique_names(owners, known), strict=True):
         group.name = name
-
-
-def _own_name(parent: Mapping[str, Any]) -> str | None:
-    name = parent.get("name")
-    return None if name is None else str(name)
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, DecayGroups] = weakref.WeakKeyDictionary()

@@ -1,8 +1,9 @@
-"""A part of one of the user's parameter groups that decays alike, and what was decided on its parameters."""
+"""The parts of one of the user's parameter groups that decay alike, and what was decided on their parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
 # What a part is called whose parameters no rule has decided on; it keeps its group's weight decay.
 UNASSIGNED = "unassigned"
-# What stands for the rule of a group without parameters, which torch allows.
-EMPTY = "empty"
 
 
 class Decision(NamedTuple):
@@ -32,19 +31,10 @@ class Decision(NamedTuple):
     rule: DecayRule | None
     base: float | None
 
-
-class Bases(Protocol):
-    """Knows the base lambda of each parameter."""
-
-    def of(self, number: int, parameter: Tensor, group: Mapping[str, Any], own: float) -> Decision:
-        """Return what is decided on a parameter.
-
-        Args:
-            number: The index of the optimizer.
-            parameter: One of its parameters.
-            group: The user's group that has it.
-            own: That group's own weight decay, 0 where it has none.
-        """
+    @property
+    def label(self) -> str:
+        """What the part is called, before any prefix, that the parameter belongs to."""
+        return UNASSIGNED if self.rule is None else self.rule.group_of(self.name)
 
 
 class Acting(Protocol):
@@ -108,9 +98,13 @@ class DecayGroup:
     def rule(self) -> str:
         """The name of the rule that made it, or what stands for one."""
         if not self.decisions:
-            return str(self.parent.get("name", "")) if self.params else EMPTY
+            return str(self.parent.get("name", "")) if self.params else "empty"  # which torch allows
         rule = self.decisions[0].rule
         return UNASSIGNED if rule is None else rule.name
+
+    def options(self) -> dict[str, Any]:
+        """Return what of its own options holds, as nobody has written to the parent since."""
+        return {key: own for key, (own, then) in self.own_options.items() if self.parent.get(key) is then}
 
     @property
     def towards(self) -> str:
@@ -121,10 +115,7 @@ class DecayGroup:
     @property
     def label(self) -> str | None:
         """What it is called before any prefix, None where no rule was asked."""
-        if not self.decisions:
-            return None
-        name, _, rule, _ = self.decisions[0]
-        return UNASSIGNED if rule is None else rule.group_of(name)
+        return self.decisions[0].label if self.decisions else None
 
     @property
     def base(self) -> Any:
@@ -145,3 +136,48 @@ class DecayGroup:
             value, anchor = self.absolute
             return value * (base / anchor) if anchor else 0.0
         return base * self.multiplier if self.multiplier != 1.0 else base
+
+
+class Family(NamedTuple):
+    """The parts of a user's group, the parameters that it had, and what it said of weight decay then."""
+
+    groups: list[DecayGroup]
+    parent: dict[str, Any]
+    params: list[Tensor]
+    written: Any
+
+    def fits(self, parent: dict[str, Any]) -> bool:
+        """Return whether a group is the same, with the same parameters."""
+        params = parent["params"]
+        return parent is self.parent and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it was decided what decays, whatever the user's group says."""
+        return any(decision.base is not None for group in self.groups for decision in group.decisions)
+
+
+def split(
+    parent: dict[str, Any], decisions: Sequence[Decision], configured: tuple[tuple[Any, ...], float] | None
+) -> Family:
+    """Return the parts of a user's group, in the order of their first parameters.
+
+    Args:
+        parent: The group.
+        decisions: What was decided on each of its parameters, nothing where no rule was asked.
+        configured: As of `DecayGroup`.
+    """
+    params = parent["params"]
+    members: dict[Any, list[int]] = {}
+    for place in range(len(params)):
+        key = (decisions[place].rule is None, decisions[place].label, decisions[place].base) if decisions else None
+        members.setdefault(key, []).append(place)
+    groups = []
+    for places in members.values() or [[]]:
+        decided = [decisions[place] for place in places if decisions]
+        group = DecayGroup(parent, [params[place] for place in places], places, decided, configured)
+        if decided:
+            rule, base = decided[0].rule, decided[0].base
+            group.given = rule.weight_decay if base is None and rule is not None else base
+        groups.append(group)
+    return Family(groups, parent, list(params), parent.get("weight_decay"))

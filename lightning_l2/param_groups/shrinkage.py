@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.decay_groups import DecayGroups, decay_groups
 
 if TYPE_CHECKING:

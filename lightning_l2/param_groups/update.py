@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_l2.optimizers.facts import torch_class
+from lightning_l2.optimizers.step import Layout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
     from lightning_l2.param_groups.parts import DecayGroup
@@ -19,20 +22,7 @@ OWN_KEYS = frozenset(("params", "param_names", "weight_decay"))
 _TELLING = ("params", "weight_decay")
 
 
-class Parts(Protocol):
-    """The parts of the groups of one optimizer."""
-
-    updates: int
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer."""
-
-    def families(self) -> list[list[DecayGroup]]:
-        """Return the parts of each of the user's groups."""
-
-
-class GroupSwap:
+class GroupSwap(Layout):
     """Puts children into `optimizer.param_groups` for the time of an update.
 
     A child has every option of its parent, the user's group, as it is at that moment, the parameters of one part, and
@@ -40,39 +30,32 @@ class GroupSwap:
     different, each keeps its own until somebody writes to the parent.
 
     Args:
-        groups: The parts of the optimizer's groups.
+        optimizer: The optimizer.
+        families: Gives the parts of each of its groups.
 
     Attributes:
         in_step: What the optimizer is to see in place of the options that its groups have.
         users: The user's groups while children stand in their place, else None.
     """
 
-    def __init__(self, groups: Parts) -> None:
+    def __init__(self, optimizer: Optimizer, families: Callable[[], list[list[DecayGroup]]]) -> None:
         self.in_step: dict[str, Any] = {}
         self.users: list[dict[str, Any]] | None = None
-        self._groups = groups
-        self._is_torchs = torch_class(groups.optimizer) is not None
+        self._families = families
+        self._is_torchs = torch_class(optimizer) is not None
         self._given: list[_Given] = []
         # groups, and what they have outside of an update
         self._hidden: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def enter(self, optimizer: Optimizer) -> None:
-        """Put children in the place of the user's groups."""
-        self.leave(optimizer)
-        families = self._groups.families()
-        self._given = []
+        """Put children, one for each part, in the place of the user's groups, which stand there."""
         standing: list[dict[str, Any]] = []
-        for family in families:
-            parent = family[0].parent
-            if "weight_decay" in self.in_step:
-                self._hide(parent)
-                standing.append(parent)
-                continue
-            children = self._parts(family)
+        for family in self._families():
+            children = self._children(family)
             standing += children
             # torch's own optimizers read all groups, and write nothing into them
-            if not self._is_torchs and children[0] is not parent:
-                self._given.append(_Given(parent, family, children))
+            if not self._is_torchs and children[0] is not family[0].parent:
+                self._given.append(_Given(family, children))
         self.users = list(optimizer.param_groups)
         optimizer.param_groups[:] = standing
 
@@ -96,21 +79,23 @@ class GroupSwap:
         while self._hidden:
             parent, values = self._hidden.pop()
             parent.update(values)
-        if has_updated:
-            self._groups.updates += 1
         if has_updated or isinstance(error, Exception):
             _check_all_were_read(optimizer, given, children, error)
         for one in given:
             one.take_back()
 
     def _hide(self, parent: dict[str, Any]) -> None:
-        """Let a group have other options for the time of the update: without weight decay there is nothing to split."""
+        """Let a group have other options for the time of the update."""
         hidden = {key: parent[key] for key in self.in_step if key in parent}
         self._hidden.append((parent, hidden))
         parent.update((key, self.in_step[key]) for key in hidden)
 
-    def _parts(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
+    def _children(self, family: list[DecayGroup]) -> list[dict[str, Any]]:
+        """Return what stands for a user's group: children, or itself where there is nothing to split."""
         parent, in_step = family[0].parent, self.in_step
+        if "weight_decay" in in_step:
+            self._hide(parent)
+            return [parent]
         if "weight_decay" not in parent:
             return [parent]
         if len(family) == 1 and not in_step and family[0].weight_decay is parent["weight_decay"]:
@@ -124,7 +109,7 @@ class GroupSwap:
                 child.clear()
             child.update(parent)
             if group.own_options:
-                child.update((key, own) for key, (own, then) in group.own_options.items() if parent.get(key) is then)
+                child.update(group.options())
             child["params"] = group.params
             if "param_names" in parent:
                 child["param_names"] = [parent["param_names"][index] for index in group.indices]
@@ -142,7 +127,7 @@ def _check_all_were_read(
     noting = [child for one in given if one.versions for child in one.children if isinstance(child, _Noting)]
     if not any(child.was_read for child in noting) and not any(one.has_moved() for one in given):
         return
-    unread = [child for child in noting if not child.was_read and dict.__getitem__(child, "params")]
+    unread = [child for child in noting if not child.was_read]
     if unread:
         raise RuntimeError(
             f"{type(optimizer).__name__} updated by {len(children) - len(unread)} of {len(children)} parameter groups: "
@@ -159,12 +144,12 @@ class _Given:
 
     __slots__ = ("children", "family", "parent", "values", "versions")
 
-    def __init__(self, parent: dict[str, Any], family: list[DecayGroup], children: list[dict[str, Any]]) -> None:
-        self.parent, self.family, self.children = parent, family, children
+    def __init__(self, family: list[DecayGroup], children: list[dict[str, Any]]) -> None:
+        self.parent, self.family, self.children = family[0].parent, family, children
         self.values = [list(dict.values(child)) for child in children]
         self.versions: list[int] = []
         if type(children[0]) is _Noting:
-            self.versions = [parameter._version for parameter in parent["params"]]
+            self.versions = [parameter._version for parameter in self.parent["params"]]
 
     def has_moved(self) -> bool:
         """Return whether any of the parameters was changed in place since, as far as torch counts that."""
@@ -201,6 +186,10 @@ class _Noting(dict[str, Any]):
     """A group that notes whether its parameters, or how they decay, were asked for."""
 
     was_read = False
+
+    def __iter__(self) -> Any:
+        """Have `dict(group)` and `**group` ask for each option, as they do where this is not `dict`'s own."""
+        return super().__iter__()
 
     def __getitem__(self, key: str) -> Any:
         self.was_read |= key in _TELLING

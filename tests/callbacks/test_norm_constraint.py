@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_l2.callbacks.norm_constraint import NormConstraint
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.constraints import Bound, FixedBound, InflectionBound, InitialBound, RmsBound, WarmupBound
-from lightning_l2.optimizers.step_hook import StepHook, Turn
+from lightning_l2.optimizers.step_hook import StepHook
+from lightning_l2.optimizers.turns import Turn
 from lightning_l2.rules import DecayRule
 from tests.helpers import DECAYED, DEVICE, EXEMPT, Net, assert_same_weights, batches, data, make_trainer, weights
 from tests.processes import sharded_norm_constraint as sharded

@@ -89,3 +89,15 @@ def test_signs() -> None:
     assert [ascent_sign(one, group) for group in one.param_groups] == [-1, 1]
     one.maximize = True
     assert [ascent_sign(one, {}), ascent_sign(one, {"maximize": False})] == [-1, 1]
+
+
+def test_a_schedule_free_optimizer_may_have_no_weight_decay() -> None:
+    class Averaging(torch.optim.Optimizer):
+        """Keeps averaged weights, and decays none."""
+
+        def step(self, closure: Any = None) -> None:
+            """Update nothing."""
+
+    groups = [{"params": [torch.zeros(1)], "train_mode": True}]
+    assert own_way(Averaging(groups, {"lr": 0.1})) is None
+    assert own_way(Averaging(groups, {"lr": 0.1, "weight_decay": 0.0})) == "decoupled"

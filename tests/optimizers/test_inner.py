@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from typing import Any
 
@@ -10,7 +11,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from lightning_l2.optimizers.inner import check_hookable, has_groups_of_its_own, is_hookable, updating_optimizers
+from lightning_l2.optimizers.inner import (
+    check_hookable,
+    has_groups_of_its_own,
+    is_hookable,
+    updating_optimizers,
+    updating_optimizers_as_before,
+)
 
 
 def parameter() -> nn.Parameter:
@@ -88,6 +95,27 @@ def test_states_and_long_histories_are_not_searched() -> None:
     assert same(updating_optimizers(outer), outer)
 
 
+def test_a_wrapper_around_one_without_groups_updates_nothing_itself() -> None:
+    inner = sgd()
+    middle = Holder([parameter()], inner=inner)
+    del middle.param_groups
+    assert same(updating_optimizers(Holder(inner.param_groups, middle=middle)), inner)
+
+
+def test_as_before_until_one_that_was_found_is_gone() -> None:
+    first, second, third = sgd(), sgd(), sgd()
+    outer = Holder(first.param_groups, held=[first])
+    assert same(updating_optimizers_as_before([outer, second]), first, second)
+    outer.held.append(third)  # nobody looks again for what comes later
+    assert same(updating_optimizers_as_before([outer, second]), first, second)
+    assert same(updating_optimizers_as_before([third]), third)
+    outer.held = [third]
+    outer.param_groups = third.param_groups
+    del first
+    gc.collect()
+    assert same(updating_optimizers_as_before([outer, second]), third, second)
+
+
 def test_torchs_own_hold_nothing() -> None:
     one = sgd()
     one.other = sgd()
@@ -102,6 +130,13 @@ def test_hookable() -> None:
         def step(self, closure: Any = None) -> None:
             """Update nothing."""
 
+    class Delegating(NoConstructor):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["inner"], name)
+
+    delegating = Delegating()
+    delegating.inner = sgd()
+    assert not is_hookable(delegating), "its inner one has hooks"
     assert is_hookable(sgd())
     assert is_hookable(Holder([parameter()]))
     assert not is_hookable(NoConstructor())

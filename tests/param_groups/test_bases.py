@@ -71,6 +71,10 @@ def test_parameters_that_are_nobodys_are_unassigned_until_they_are_somebodys() -
     bases = RuleBases(model, "default", lambda group: 0.2, Resuming("config"))
     decision = bases.of(0, stranger, {}, 0.7)
     assert (decision.name, decision.rule, decision.base) == ("unassigned", None, None)
+    with pytest.MonkeyPatch.context() as patch:  # nor is the module looked through again for them
+        patch.setattr(model, "named_modules", lambda *_, **__: pytest.fail("looked through"))
+        patch.setattr(model, "named_parameters", lambda *_, **__: pytest.fail("looked through"))
+        assert bases.of(0, stranger, {}, 0.7) == decision
     assert not bases.owns_any([stranger])
     assert bases.owns_any([stranger, model[0].bias])
 

@@ -194,18 +194,6 @@ def test_in_force_as_long_as_anybody_holds_it() -> None:
     assert "step" not in vars(optimizer)
 
 
-def test_updates_are_counted_while_held() -> None:
-    optimizer = Spy(ones(1))
-    groups = decay_groups(optimizer)
-    optimizer.step()
-    groups.hold(optimizer, "The test")
-    for _ in range(3):
-        optimizer.step()
-    with pytest.raises(ZeroDivisionError):
-        optimizer.step(lambda: 1 / 0)
-    assert groups.updates == 3
-
-
 def test_an_optimizer_without_hooks_is_refused_in_the_name_of_who_asks() -> None:
     class Wrapper:
         param_groups: list[Any] = []  # noqa: RUF012

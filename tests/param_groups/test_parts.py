@@ -49,3 +49,12 @@ def test_a_schedule_of_lambda_gives_each_its_share() -> None:
 
 def test_a_group_for_each_parameter_has_a_name_of_its_own() -> None:
     assert part(DecayRule("own", per_parameter=True)).label == "own/head.weight"
+
+
+def test_options_of_its_own_hold_until_somebody_writes_to_its_group() -> None:
+    made = part()
+    made.parent["d"] = first = 0.125
+    made.own_options["d"] = 0.5, first
+    assert made.options() == {"d": 0.5}
+    made.parent["d"] = 0.25
+    assert made.options() == {}

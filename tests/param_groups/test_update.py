@@ -92,6 +92,10 @@ def test_children_are_the_same_objects_in_every_step() -> None:
     first, second, third = optimizer.identities
     assert len(set(first)) == 2
     assert second == third
+    kinds: list[type] = []
+    optimizer.write = lambda index, group: kinds.append(type(group))
+    optimizer.step()
+    assert kinds == [dict, dict], "as fast as any, once it is known that all are read"
 
 
 def test_a_group_that_has_its_lambda_stands_for_itself() -> None:
@@ -179,6 +183,7 @@ def test_values_that_differ_stay_each_with_its_child_until_somebody_writes_to_th
     optimizer.write = lambda index, group: group.update(d=5.0)
     optimizer.step()
     assert optimizer.param_groups[0]["d"] == 5.0
+    assert not any(group.own_options for group in decay_groups(optimizer).groups)
     optimizer.step()
     assert [group["d"] for group in optimizer.seen[-1]] == [5.0] * 3
 
@@ -217,6 +222,19 @@ def test_tensors_that_each_child_got_anew_stay_with_it() -> None:
         optimizer.step()
     assert [group["t"].item() for group in optimizer.seen[-1]] == [1.0, 2.0]
     assert optimizer.param_groups[0]["t"].item() == 2.0
+
+
+def test_equal_tensors_that_each_child_got_anew_are_not_one() -> None:
+    parameters = ones(2)
+    optimizer = Spy(parameters, t=None)
+    in_force(optimizer, split(parameters, 0.1, 0.0))
+    optimizer.write = lambda index, group: group.update(t=torch.zeros(()))
+    optimizer.step()
+    optimizer.write = lambda index, group: group["t"].add_(index + 1)
+    optimizer.step()
+    optimizer.write = lambda index, group: None
+    optimizer.step()
+    assert [group["t"].item() for group in optimizer.seen[-1]] == [1.0, 2.0]
 
 
 def test_values_without_a_plain_equality() -> None:
@@ -269,15 +287,21 @@ def test_an_exception_in_the_closure() -> None:
 
 
 def test_groups_that_come_and_go_and_parameters_that_are_replaced() -> None:
-    _, _, third, late = parameters = ones(4)
+    _, _, third, late, fifth = parameters = ones(5)
     optimizer = Spy(parameters[:2])
-    in_force(optimizer, split(parameters, 0.1, 0.2, 0.3, 0.4))
+    in_force(optimizer, split(parameters, 0.1, 0.2, 0.3, 0.4, 0.5))
     optimizer.step()
     assert optimizer.lambdas() == [0.1, 0.2]
     optimizer.add_param_group({"params": [third]})
     optimizer.step()
     assert optimizer.lambdas() == [0.1, 0.2, 0.3]
     optimizer.param_groups[0]["params"][0] = late  # in place, as pruning does
+    optimizer.step()
+    assert optimizer.lambdas() == [0.4, 0.2, 0.3]
+    optimizer.param_groups[1]["params"].append(fifth)
+    optimizer.step()
+    assert optimizer.lambdas() == [0.4, 0.2, 0.3, 0.5]
+    optimizer.param_groups[1]["params"].pop()
     optimizer.step()
     assert optimizer.lambdas() == [0.4, 0.2, 0.3]
     del optimizer.param_groups[0]
@@ -510,6 +534,44 @@ def test_an_optimizer_with_a_list_of_its_own_decays_the_other_way() -> None:
         reference.step()
     for actual, expected in zip(parameters, plain, strict=True):
         torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+class Reading(torch.optim.Optimizer):
+    """Reads the parameters of so many groups in its own way, and moves them where no counter tells."""
+
+    def __init__(self, params: Any, read: Callable[[dict[str, Any]], Any], most: int = 9) -> None:
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.0})
+        self.read, self.most = read, most
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups[: self.most]:
+            for parameter in self.read(group):
+                parameter.data.mul_(0.5)
+
+
+READ: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "item": lambda group: group["params"],
+    "get": lambda group: group.get("params"),
+    "items": lambda group: dict(list(group.items()))["params"],
+    "values": lambda group: next(value for value in group.values() if isinstance(value, list)),
+    "dict": lambda group: dict(group)["params"],
+    "copy": lambda group: group.copy()["params"],
+    "keywords": lambda group: (lambda params, **_: params)(**group),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+def test_however_an_optimizer_reads_its_groups_it_is_known(read: str) -> None:
+    parameters = ones(2)
+    optimizer = Reading(parameters, READ[read])
+    in_force(optimizer, split(parameters, 0.1, 0.2))
+    optimizer.step()
+    assert [parameter[0].item() for parameter in parameters] == [0.5, 0.5]
+    first = ones(2)
+    optimizer = Reading(first, READ[read], most=1)
+    in_force(optimizer, split(first, 0.1, 0.2))
+    with pytest.raises(RuntimeError, match=r"updated by 1 of 2 parameter groups: it goes by a list of its own"):
+        optimizer.step()
 
 
 def test_an_optimizer_that_does_not_move_says_nothing() -> None:
