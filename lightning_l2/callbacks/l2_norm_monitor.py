@@ -218,7 +218,7 @@ class L2NormMonitor(Callback):
         state = {"initial_squares": initial, "left": left, "start": self._start_norms}
         kept = {key: dict(value) for key, value in state.items() if value}
         if kept:
-            checkpoint.setdefault("callbacks", {})[self.state_key] = kept
+            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {}).update(kept)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

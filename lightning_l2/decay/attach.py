@@ -104,10 +104,10 @@ def attach_decay(
             f"{type(optimizer).__name__} has a decay attached already and would decay twice. "
             "Remove the first one with its handle's `remove()`."
         )
-    if rounding != "nearest" and not _is_attachable(optimizer):
+    if (rounding != "nearest" or start is not None) and not _is_attachable(optimizer):
+        asked = "towards='start'" if rounding == "nearest" else f"rounding={rounding!r}"
         raise ValueError(
-            f"rounding={rounding!r} does nothing for {type(optimizer).__name__}, which decays by itself alone. "
-            "Leave it out."
+            f"{asked} does nothing for {type(optimizer).__name__}, which decays by itself alone. Leave it out."
         )
     if apply == "optimizer":
         _check_own(optimizer)

@@ -187,7 +187,7 @@ class RuleDecay:
         """Return what may be a mistake in what `summary` has returned; what rounds away is not told again later."""
         outlooks = [row.outlook for row in summary if row.outlook is not None]
         for count in self._counts:
-            count.told.update(outlook.group for outlook in outlooks if outlook.is_lost)
+            count.told.update(outlook.group for outlook in outlooks if outlook.is_lost or outlook.is_distorted)
         return [text for outlook in outlooks for text in outlook.warnings()]
 
     def left(self) -> dict[str, float]:

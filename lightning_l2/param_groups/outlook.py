@@ -66,6 +66,11 @@ class Outlook:
         return self.share is not None and 0 < self.share < self.vanishing
 
     @property
+    def is_distorted(self) -> bool:
+        """Whether rounding changes decay by an eighth of itself or more."""
+        return self.share is not None and self.vanishing <= self.share < _IS_DISTORTED * self.vanishing
+
+    @property
     def course(self) -> str:
         """Lambda over the training, for a table."""
         return f"{self.first:g}" if self.first == self.last else f"{self.first:g} to {self.last:g}"
@@ -83,7 +88,10 @@ class Outlook:
         """What decay leaves, for a table."""
         if self.is_lost:
             return f"all: lost in {self.dtype}"
-        return f">= {self.left:.3g}" if self.share and self.left is not None else ""
+        if not self.share or self.left is None:
+            return ""
+        digits = 2 - math.floor(math.log10(self.left)) if self.left else 0
+        return f">= {math.floor(self.left * 10**digits) / 10**digits:.6g}"  # a bound is not rounded up
 
     def warnings(self) -> Iterator[str]:
         """Yield what can only be suspected to be a mistake, with its numbers."""
@@ -95,12 +103,12 @@ class Outlook:
                 f"{self.share:g} at the peak of the learning rate. Give a weight_decay of less than "
                 f"{self.largest / self.share:g}."
             )
-        if self.share < self.vanishing:
+        if self.is_lost:
             yield (
                 f"Weight decay of group {self.group!r} is lost: 1 - eta * lambda = 1 - {self.share:g} rounds to 1 in "
                 f"{self.dtype}, even at the peak of the learning rate. Use WeightDecay(rounding='accumulate')."
             )
-        elif self.share < _IS_DISTORTED * self.vanishing:
+        elif self.is_distorted:
             yield (
                 f"Weight decay of group {self.group!r} is distorted: 1 - eta * lambda = 1 - {self.share:g} is rounded "
                 f"to multiples of {2 * self.vanishing:g} in {self.dtype}. Use WeightDecay(rounding='accumulate')."

@@ -47,6 +47,8 @@ def test_every_number() -> None:
         "l2_penalty/total": 0.1 * 25,
         "weight_decay/body": 0.2,
         "weight_decay/group1": 0.0,
+        "weight_decay_left/body": 1 - 0.5 * 0.2,
+        "weight_decay_left/group1": 1.0,
         "l2_rms/layer": 5 / math.sqrt(2),
         "l2_rms/norm": 1.0,
         "l2_rms/total": math.sqrt(26 / 3),
@@ -81,7 +83,7 @@ def test_spectra() -> None:
     assert {key: value for key, value in found.items() if key.split("/")[0] not in ("l2_norm", "l2_penalty")} == (
         pytest.approx(
             {"spectral_norm/weight": 4.0, "stable_rank/weight": 25 / 16, "condition_number/weight": 4 / 3}
-            | {"weight_decay/group0": 0.0},
+            | {"weight_decay/group0": 0.0, "weight_decay_left/group0": 1.0},
             rel=1e-5,
         )
     )
@@ -119,7 +121,7 @@ def test_what_options_ask_for() -> None:
     def keys(order: int | None, **options: Any) -> list[str]:
         return [quantity.key for quantity in wanted(NormOptions(**options), order)]
 
-    plain = ["l2_penalty", "weight_decay", "l2_norm"]
+    plain = ["l2_penalty", "weight_decay", "weight_decay_left", "l2_norm"]
     assert keys(None) == keys(3) == plain
     assert keys(0, rms=True) == [*plain, "l2_rms"]
     assert keys(0, rms=True, updates=True) == [*plain, "l2_rms", "update_norm", "update_rms", "update_ratio"]
