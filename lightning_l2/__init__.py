@@ -30,7 +30,7 @@ __all__ = [
     "search_weight_decay",
     "weight_decay_in_force",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -44,11 +44,18 @@ BASE: dict[str, list[tuple[str, float]]] = {
         (r"head", 0.05),
     ],
     "dino": [(r"bias|norm", 0.0), ("", 0.04)],
+    "muon": [(r"bias|norm|embedding", 0.0), (r"encoder\..*weight", 0.1), (r"head\.weight", 0.05)],
+    "mup": [(r"bias|norm|embedding", 0.0), ("weight", 0.0003)],
+    "lora": [("bias", 0.0), (r"lora_[AB]", 0.5), ("weight", 0.05)],
+    "bf16_finetuning": [(r"bias|norm", 0.0), ("", 0.1)],
+    # three steps at a learning rate of 0.003
+    "wsd": [(r"bias|norm|embedding", 0.0), ("weight", 1 / (0.003 * 0.2 * 3))],
 }
 # By recipe and group: lambda at the three steps. DINO's cosine, and a learning rate on a cosine to 0 at a fourth step.
 OVER_TIME = {
     "dino": {"decay": [0.04, 0.22, 0.4], "no_decay": [0.0] * 3},
     "residual": {"decay": [0.05, 0.05 * 0.75, 0.05 * 0.25], "head": [0.05] * 3, "no_decay": [0.0] * 3},
+    "muon": {"muon": [0.1] * 3, "adamw": [0.05, 0.025, 0.0], "no_decay": [0.0] * 3, "no_decay_embedding": [0.0] * 3},
 }
 
 
@@ -82,6 +89,8 @@ def decay_of(cli: LightningCLI) -> dict[str, float]:
     return {name: group.weight_decay for group in callback.summary() for name in group.names}
 
 
+# a fifth of three steps
+@pytest.mark.filterwarnings("ignore:.*takes all of the weights in one step")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_decays_what_it_says(recipe: Path, monkeypatch: Any) -> None:
     cli = run(command(recipe), monkeypatch)
@@ -90,7 +99,7 @@ def test_recipe_decays_what_it_says(recipe: Path, monkeypatch: Any) -> None:
     for name, decay in decays.items():
         expected = next(value for pattern, value in BASE[recipe.stem] if re.search(pattern, name))
         assert decay == pytest.approx(expected), name
-    assert cli.trainer.global_step == 3
+    assert cli.trainer.global_step == 3 * len(cli.trainer.optimizers)
 
 
 class TorchvisionBlock(nn.Module):
