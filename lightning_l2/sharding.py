@@ -82,23 +82,25 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def placed_as(model: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor distributed over the processes as another one is, and a plain one as it is.
+def gradient_of(param: Tensor) -> Tensor | None:
+    """Return the gradient of a parameter, distributed over the processes as the parameter is; None without one.
 
-    Args:
-        model: The tensor that has the placements.
-        tensor: The tensor, of the same shape.
+    Tensor parallelism leaves whole gradients of cut parameters, and partial sums.
 
-    >>> placed_as(torch.zeros(2), torch.ones(2))
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> weight.sum().backward()
+    >>> gradient_of(weight)
     tensor([1., 1.])
     """
-    if not (_is_dtensor(model) and _is_dtensor(tensor)):
-        return tensor
+    gradient = param.grad
+    if gradient is None or not (_is_dtensor(param) and _is_dtensor(gradient)):
+        return gradient
     from torch.distributed.tensor import DTensor
 
-    assert isinstance(model, DTensor)
-    assert isinstance(tensor, DTensor)
-    return tensor if tensor.placements == model.placements else tensor.redistribute(placements=model.placements)
+    assert isinstance(param, DTensor)
+    assert isinstance(gradient, DTensor)
+    same = gradient.placements == param.placements
+    return gradient if same else gradient.redistribute(placements=param.placements)
 
 
 def process_groups(tensor: Tensor) -> list[ProcessGroup]:
@@ -227,14 +229,13 @@ def flat_shards(module: nn.Module) -> dict[int, ProcessGroup]:
         return {}
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-    groups: dict[int, ProcessGroup] = {}
-    for wrapped in FullyShardedDataParallel.fsdp_modules(module):
-        if wrapped.sharding_strategy != ShardingStrategy.NO_SHARD:
-            for parameter in wrapped.parameters():
-                # parameters in `ignored_states` are whole
-                if is_flat_piece(parameter) and wrapped.process_group is not None:
-                    groups[id(parameter)] = wrapped.process_group
-    return groups
+    groups: dict[int, ProcessGroup | None] = {}
+    for wrapped in FullyShardedDataParallel.fsdp_modules(module):  # outer ones first, and the innermost decides
+        is_cut = wrapped.sharding_strategy != ShardingStrategy.NO_SHARD
+        # parameters in `ignored_states` are whole
+        pieces = filter(is_flat_piece, wrapped.parameters())
+        groups |= {id(parameter): wrapped.process_group if is_cut else None for parameter in pieces}
+    return {key: group for key, group in groups.items() if group is not None}
 
 
 def is_flat_piece(tensor: Tensor) -> bool:

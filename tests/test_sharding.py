@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_l2.sharding import (
+    gradient_of,
     group_members,
     groups_within_rows,
     has_flat_pieces,
@@ -21,7 +22,6 @@ from lightning_l2.sharding import (
     is_sharded,
     local_part,
     local_rows,
-    placed_as,
     process_groups,
     shapes_before_flattening,
     show_shards,
@@ -33,7 +33,10 @@ from lightning_l2.sharding import (
 
 def test_plain_tensors_are_whole() -> None:
     tensor, rows = torch.ones(3, 2), torch.ones(3)
-    for found in (local_part(tensor), whole(tensor), placed_as(torch.zeros(3, 2), tensor)):
+    parameter = nn.Parameter(torch.zeros(3, 2))
+    assert gradient_of(parameter) is None
+    parameter.grad = tensor
+    for found in (local_part(tensor), whole(tensor), gradient_of(parameter)):
         assert found is tensor
     assert whole_rows(rows, tensor) is local_rows(rows, tensor) is sum_over_shards(rows, [tensor]) is rows
     assert process_groups(tensor) == groups_within_rows(tensor) == []
@@ -90,12 +93,28 @@ def test_parts_of_two_processes(
         assert seen["sum"] == 20.0
 
 
-def test_partial_sums_take_the_placements_of_another_tensor(found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("placement", ["rows", "columns", "replicated", "partial"])
+def test_gradients_take_the_placements_of_their_parameters(placement: str, found: list[dict[str, Any]]) -> None:
     doubled = [[2 * value for value in row] for row in ROWS]
-    assert [seen["partial"] for seen in found] == [doubled[:3], doubled[3:]]
+    assert [seen[f"{placement} gradient"] for seen in found] == [doubled[:3], doubled[3:]]
+
+
+def test_all_processes_decide_alike_whether_a_step_is_one(found: list[dict[str, Any]]) -> None:
+    # the second one has gradients of 0 everywhere, as torch makes to have an optimizer's state
+    assert [seen["acts"] for seen in found] == [[True], [True]]
 
 
 def test_pieces_of_fsdp1(found: list[dict[str, Any]]) -> None:
     for seen in found:
         assert seen["fsdp1"] == {"pieces": [True, True], "shapes": [[5, 4], [5]], "sum": [20.0, 5.0]}
         assert seen["flat"] == {"parameters": [True], "spread": 1}
+
+
+def test_whole_modules_within_sharded_ones_of_fsdp1_count_once(found: list[dict[str, Any]]) -> None:
+    for seen in found:
+        assert seen["nested"] == [
+            [True, True, False, False],
+            [20.0, 5.0, 15.0, 3.0],
+            [False, False, True, True],
+            [20.0, 5.0, 15.0, 3.0],
+        ]

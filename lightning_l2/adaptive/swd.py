@@ -14,7 +14,7 @@ from lightning_l2.adaptive.selection import check_unflattened
 from lightning_l2.norms.layout import plain_part
 from lightning_l2.norms.squared import local_squared_norms
 from lightning_l2.schedules.feedback import FeedbackSchedule, OptimizerLike
-from lightning_l2.sharding import sum_over_shards
+from lightning_l2.sharding import gradient_of, sum_over_shards
 
 ADAM_FAMILY = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -80,7 +80,7 @@ def coming_mean(optimizer: OptimizerLike) -> float:
         return 0.0
     weights: list[Tensor] = list(groups)
     states = [optimizer.state.get(weight, {}) for weight in weights]
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    gradients = [gradient for weight in weights if (gradient := gradient_of(weight)) is not None]
     squares = local_squared_norms(gradients)
     sums = [
         coming_sum(*of_weight) for of_weight in zip(gradients, squares.unbind(), states, groups.values(), strict=True)
@@ -98,7 +98,7 @@ def coming_sum(gradient: Tensor, squares: Tensor, state: Mapping[str, Any], grou
     """Return the sum of a parameter's second moment in the coming step, over the part that this process holds.
 
     Args:
-        gradient: The parameter's gradient.
+        gradient: The parameter's gradient, distributed as the parameter is.
         squares: Sum of the squares of this process's part of the gradient.
         state: What the optimizer keeps for the parameter, empty before its first step.
         group: The parameter's group, with `betas` and `amsgrad`.

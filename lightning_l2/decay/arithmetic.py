@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from lightning_l2.sharding import local_part, placed_as
+from lightning_l2.sharding import gradient_of, local_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -202,6 +202,6 @@ def _gradient(param: Any) -> Tensor:
     """Return what can be changed in place of a gradient: its rows if it is sparse, its shard if it is sharded."""
     if param.grad.is_sparse:
         return cast("Tensor", param.grad.values())
-    # Tensor parallelism leaves partial sums: added to each of them, lambda w would count several times.
-    param.grad = placed_as(param, param.grad)
+    # added to each of partial sums, lambda w would count several times
+    param.grad = gradient_of(param)
     return local_part(param.grad)

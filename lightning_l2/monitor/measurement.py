@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_l2.norms.squared import local_squared_norms
 from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.sharding import local_part, process_groups, sum_over_shards, whole
+from lightning_l2.sharding import gradient_of, local_part, process_groups, sum_over_shards, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -145,7 +145,7 @@ class Measurement:
         for index, parameter in enumerate(self.watched.parameters):
             if id(parameter) not in mine:
                 continue
-            gradient = parameter.grad
+            gradient = gradient_of(parameter)
             if gradient is None and self.watched.sharded and (self.watched.shards[index] or process_groups(parameter)):
                 # Other processes may have a gradient for their part, and all must join the sum.
                 gradient = torch.zeros(0, device=parameter.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_l2.optimizers.facts import torch_class
 from lightning_l2.optimizers.inner import check_hookable
-from lightning_l2.sharding import local_part
+from lightning_l2.sharding import local_part, sum_over_shards
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -244,4 +244,9 @@ def _takes_state(optimizer: Any) -> bool:
         if (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0:
             return False
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    return all(p.grad is not None and not p.grad.is_sparse and not local_part(p.grad).any() for p in parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    if not gradients or len(gradients) < len(parameters):
+        return not parameters
+    # all processes decide alike, whatever their parts are
+    found = [local_part(gradient).any().to(gradients[0].device, torch.float32) for gradient in gradients]
+    return not sum_over_shards(torch.stack(found), gradients).any()
