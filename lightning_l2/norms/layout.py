@@ -13,6 +13,8 @@ from lightning_l2.sharding import local_part
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# by kind of tensor without elements that can be read: the method that returns some with them
+READABLE = {"quantized": "dequantize", "nested": "unbind", "mkldnn": "to_dense"}
 BLOCK = 262_144  # elements that are worked on at a time: 1 MiB of fp32 stays in a core's cache
 
 
@@ -58,6 +60,15 @@ def blocks(tensor: Tensor, dense: int = 1) -> Iterator[Tensor]:
             yield from blocks(half)
 
 
+def unreadable(tensor: Tensor) -> str | None:
+    """Return "quantized", "nested" or "mkldnn" of a tensor whose elements can't be read, None of any other.
+
+    >>> unreadable(torch.ones(1).to_mkldnn()), unreadable(torch.ones(1))
+    ('mkldnn', None)
+    """
+    return next((kind for kind in READABLE if getattr(tensor, f"is_{kind}")), None)
+
+
 def plain_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of any kind of tensor as a plain, real one; without data (lazy) on `meta`.
 
@@ -69,12 +80,11 @@ def plain_part(tensor: Tensor) -> Tensor:
     """
     if is_lazy(tensor):
         return torch.empty(0, device="meta")
-    for kind, way_out in (("quantized", "dequantize"), ("nested", "unbind"), ("mkldnn", "to_dense")):
-        if getattr(tensor, f"is_{kind}"):
-            raise TypeError(
-                f"Expected `tensors` to be dense or sparse, got a tensor that is {kind}. Leave it out, or measure what "
-                f"its `{way_out}()` returns."
-            )
+    if kind := unreadable(tensor):
+        raise TypeError(
+            f"Expected `tensors` to be dense or sparse, got a tensor that is {kind}. Leave it out, or measure what its "
+            f"`{READABLE[kind]}()` returns."
+        )
     tensor = local_part(tensor)
     if tensor.layout is not torch.strided:
         tensor = (tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor).values()

@@ -7,17 +7,17 @@ from fnmatch import fnmatchcase
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_l2.norms.layout import READABLE, unreadable
 from lightning_l2.rules.exemptions import class_names, is_bias, is_gain, is_norm, is_weight_norm_magnitude
 from lightning_l2.sharding import is_flat_parameter, is_flat_piece, shapes_before_flattening, show_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
     from lightning_l2.rules.memberships import Membership
 
@@ -107,7 +107,8 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
 
     Raises:
         RuntimeError: If a lazy parameter has no shape yet, or FSDP1 has flattened one and is not in the root.
-        TypeError: If a module's `no_weight_decay()` returns anything but names.
+        TypeError: If a parameter to train is quantized, nested or one of MKL-DNN, or a module's `no_weight_decay()`
+            returns anything but names.
     """
     show_shards(model if root is None else root)
     sites = list(_sites(model))
@@ -201,6 +202,13 @@ def _shape(parameter: nn.Parameter, name: str, shapes: dict[int, torch.Size]) ->
             "outside of the module. Give the outermost module as `root` (in Lightning `trainer.strategy.model`), or "
             "decide before the module is wrapped."
         )
+    if (kind := unreadable(parameter)) and parameter.requires_grad:
+        raise TypeError(
+            f"Expected every parameter to train to be dense or sparse, got {name!r}, which is {kind}. Freeze it, or "
+            f"train what its `{READABLE[kind]}()` returns."
+        )
+    if kind == "nested":
+        return torch.Size([0] * parameter.dim())  # it may have no shape to tell
     return shapes.get(id(parameter), getattr(parameter, "ds_shape", parameter.shape))
 
 

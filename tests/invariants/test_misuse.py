@@ -1,6 +1,7 @@
 """Every misuse is an error before the first step that names what was wrong, what was given and the way out."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.schedules import LinearSchedule
-from tests.helpers import Net, Shrinking, batches, data, layout, make_trainer
+from tests.helpers import Net, Rows, Shrinking, batches, data, layout, make_trainer, sgd
 
 NAN, INF = float("nan"), float("inf")
 RAMP = LinearSchedule(start=0.0, end=1.0)
@@ -115,6 +116,51 @@ def test_a_module_type_that_matches_nothing() -> None:
 
 def test_a_parameter_that_no_rule_covers() -> None:
     refused(Steps(), rules(DecayRule("head", pattern="^head")), "body.0.weight")
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
+# what has no elements that can be read, by what it is called
+UNREADABLE: dict[str, tuple[str, Make]] = {
+    "nested": ("nested", lambda: nested(torch.strided)),
+    "jagged": ("nested", lambda: nested(torch.jagged)),
+    "mkldnn": ("mkldnn", lambda: torch.ones(2, 2).to_mkldnn()),
+    "quantized": ("quantized", lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)),
+}
+READERS: dict[str, Make] = {
+    "monitor": lambda: L2NormMonitor(),
+    "decay": lambda: WeightDecay(0.1),
+    "penalty": lambda: L2Penalty(0.1),
+    "constraint": lambda: NormConstraint(1.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["nested", "jagged", "mkldnn"])  # torch trains no quantized parameter
+def test_a_parameter_whose_elements_cannot_be_read(kind: str, reader: str) -> None:
+    (called, make), model = UNREADABLE[kind], Steps()
+    model.odd = torch.nn.Parameter(make())
+    refused(model, [READERS[reader]()], f"got 'odd', which is {called}. Freeze it, or train what its `", logger=Rows())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*:UserWarning")
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_frozen_ones_and_buffers_are_left_alone(kind: str, reader: str) -> None:
+    found = []
+    for with_odd in (False, True):
+        torch.manual_seed(0)
+        model, rows = Net(partial(sgd, weight_decay=0.0)), Rows()
+        if with_odd:
+            model.odd = torch.nn.Parameter(UNREADABLE[kind][1](), requires_grad=False)
+            model.register_buffer("odder", UNREADABLE[kind][1]())
+        make_trainer([READERS[reader]()], logger=rows, log_every_n_steps=1).fit(model, data())
+        found.append((rows.rows, model.head.weight.tolist()))
+    assert found[0] == found[1]
 
 
 def test_a_rule_that_others_shadow() -> None:
