@@ -1,21 +1,13 @@
-"""Fits under tensor parallelism, alone and with FSDP2, started by test_tensor_parallel.py, which makes the same alone.
+"""What each process runs under tensor parallelism, alone and with FSDP2; `every_fit()` makes the same in one."""
 
-``python -m tests.processes.tensor_parallel FOLDER`` writes FOLDER/tp-RANK.pt of two processes and FOLDER/mixed-RANK.pt
-of four.
-"""
-
-import os
-import socket
-import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -168,18 +160,6 @@ def every_fit(sizes: tuple[int, int] | None = None, without: Collection[str] = (
     return {name: fit(callbacks, sizes, **options) for name, callbacks, options in fits}
 
 
-def work(rank: int, job: str, port: int, folder: str) -> None:
+def work(rank: int, job: str, folder: Path) -> None:
     tensor, data, without = JOBS[job]
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(tensor * data)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.save(every_fit((tensor, data), without), Path(folder, f"{job}-{rank}.pt"))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    for job, (tensor, data, _) in JOBS.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # Forked processes needn't import torch again; none of its threads has started yet.
-        multiprocessing.start_processes(work, (job, port, sys.argv[1]), tensor * data, start_method="fork")
+    torch.save(every_fit((tensor, data), without), folder / f"{job}-{rank}.pt")
