@@ -97,6 +97,8 @@ class L2Penalty(Callback):
         self.every_n_steps = every_n_steps
         self._fit: _Fit | None = None
         self._start: WatchedStart | None = None
+        # of the start in a checkpoint, until it is compared, and of this fit, for checkpoints that are made after it
+        self._restored_norms: dict[str, float] = {}
         self._start_norms: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -104,7 +106,7 @@ class L2Penalty(Callback):
         if stage != "fit":
             return
         self._release()
-        self._start_norms = {}
+        self._restored_norms, self._start_norms = {}, {}
         if self.towards == "start" or any(rule.towards == "start" for rule in self.rules):
             self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module), self.start_device)
 
@@ -208,7 +210,7 @@ class L2Penalty(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the norms of the start."""
-        self._start_norms = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("start", {}))
+        self._restored_norms = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("start", {}))
         if self._start is not None:
             self._start.resume()
 
@@ -235,14 +237,15 @@ class L2Penalty(Callback):
         if isinstance(self.weight_decay, Conversion):
             values = ", ".join(f"{base:g}" for base in sorted(set(bases)))
             rank_zero_info(f"L2Penalty: {self.weight_decay} is {values}.")
-        penalised = {
-            id(param): Penalised(name, rule.name, rule.resolve(base), self._start_of(param, rule))
-            for (name, param, rule), base in zip(entries, bases, strict=True)
-        }
+        penalised = {}
+        for (name, param, rule), base in zip(entries, bases, strict=True):
+            weight_decay = rule.resolve(base)
+            start = self._start_of(param, rule) if weight_decay and id(param) in groups else None
+            penalised[id(param)] = Penalised(name, rule.name, weight_decay, start)
         if self._start is not None:
-            norms = self._start.norms(pl_module, trainer.model)
-            self._start.check(norms, self._start_norms)
-            self._start_norms = norms
+            self._start_norms = self._start.norms(pl_module, trainer.model)
+            self._start.check(self._start_norms, self._restored_norms)
+            self._restored_norms = {}
         self._fit.objective.penalise(penalised, flat_shards(trainer.model or pl_module))
         self._fit.is_decided = True
         self._fit.is_outdated()

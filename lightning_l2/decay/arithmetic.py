@@ -40,9 +40,18 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor, s
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
     grads = [_gradient(param) for param in params]
-    for param, row, grad in zip(params, rows, grads, strict=True):
+    free = []
+    for param, row, grad, weight in zip(params, rows, grads, weights, strict=True):
         if starts and param in starts:
-            grad.sub_(start_of_rows(starts[param], row, grad) * weight_decay)
+            # one after the other, for temporaries of one parameter
+            _add([grad], [weight - start_of_rows(starts[param], row, weight)], weight_decay)
+        else:
+            free.append((grad, weight))
+    if free:
+        _add(*map(list, zip(*free, strict=True)), weight_decay)
+
+
+def _add(grads: list[Tensor], weights: list[Tensor], weight_decay: float | Tensor) -> None:
     if isinstance(weight_decay, Tensor):
         for grad, weight in zip(grads, weights, strict=True):
             grad.addcmul_(weight, weight_decay.to(weight.device, weight.dtype))

@@ -59,8 +59,9 @@ class Start:
         self._norms: dict[Tensor, float] = {}
 
     def find(self, model: nn.Module) -> None:
-        """Copy all weights of a module that a checkpoint is about to be loaded into."""
-        self._found = {param: _copy(param) for param in model.parameters() if not is_lazy(param)}
+        """Copy all weights of a module that a checkpoint is about to be loaded into, unless one was already."""
+        if not self._is_resumed:
+            self._found = {param: _copy(param) for param in model.parameters() if not is_lazy(param)}
 
     def resume(self) -> None:
         """Learn that a checkpoint was loaded: from now on only what was found before is a start."""
@@ -78,7 +79,10 @@ class Start:
         """
         start = self._weights.get(param)
         if start is None:
-            if self._is_resumed and param not in self._found:
+            if not self._is_resumed:
+                # a module that loads weights by itself was seen before it did
+                self._found = {}
+            elif param not in self._found:
                 raise RuntimeError(
                     f"Nobody knows the weights that a parameter of shape {tuple(param.shape)} started from, since it "
                     "had none when the checkpoint was loaded. Give lazy layers their shapes before `fit`."
@@ -119,7 +123,7 @@ class Start:
         differing = {
             name: (norm, known[name])
             for name, norm in norms.items()
-            if name in known and abs(norm - known[name]) > _TOLERANCE * max(norm, known[name])
+            if name in known and not abs(norm - known[name]) <= _TOLERANCE * min(norm, known[name])
         }
         if differing:
             name, (norm, before) = next(iter(differing.items()))
@@ -163,8 +167,16 @@ def expect_start(model: nn.Module, watch: Watch, device: StartDevice = "same") -
         model: The module.
         watch: Calls what it is given right before a checkpoint is loaded into the module, until what it returns.
         device: Where to keep the weights.
+
+    Raises:
+        ValueError: If somebody else has asked for another device.
     """
     start = _KNOWN.get(model)
+    if start is not None and start.device != device:
+        raise ValueError(
+            f"Expected `start_device` to be {start.device!r}, as of the callback before, got {device!r}: there is one "
+            "copy of the start for all. Give both the same."
+        )
     if start is None:
         start = _KNOWN[model] = WatchedStart(model, watch, device)
     start.holders += 1

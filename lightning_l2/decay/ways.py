@@ -162,8 +162,9 @@ class Way(StepHook):
             return {}
         version = self.groups.current_version()
         if self._started[0] != version:
-            pulled = [p for group in self.groups.unnamed() if group.towards == "start" for p in group.params]
-            self._started = version, {param: self.start.of(param) for param in pulled if not is_lazy(param)}
+            groups = [one for one in self.groups.unnamed() if one.towards == "start" and not is_zero(one.base)]
+            pulled = [param for group in groups for param in group.params if not is_lazy(param)]
+            self._started = version, {param: self.start.of(param) for param in pulled}
         return self._started[1]
 
     def remove(self) -> None:

@@ -88,17 +88,19 @@ class IdleWatch:
 class Callback(pl.Callback):
     """The base of all callbacks here, at home in `lightning` and, where it is imported, `pytorch_lightning`.
 
-    What a callback knows of the running fit is in `_fit`, which is neither copied nor pickled and None outside of it.
+    What a callback knows of the running fit is in `_fit`, and in `_start` from before it: neither copied nor pickled,
+    and None outside of it.
     """
 
     _fit: Any = None
+    _start: Any = None
     # Lightning hangs methods of the module on every callback, which would keep the module, and be pickled with it.
     log = _weakly_held("log")
     log_dict = _weakly_held("log_dict")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback starts with."""
-        return {key: value for key, value in vars(self).items() if key not in ("_fit", "_log", "_log_dict")}
+        return {key: value for key, value in vars(self).items() if key not in ("_fit", "_start", "_log", "_log_dict")}
 
 
 derive_from_both(Callback)
