@@ -314,7 +314,8 @@ class Compared(OnWeights):
             self._copy(_trainable)
 
     def before_update(self) -> None:
-        """Copy what was not copied at the start: nothing yet, or lazy parameters."""
+        """Copy what was not copied at the start: nothing yet, or lazy parameters, whose own start this is."""
+        self.see_starts()
         if not self._is_complete:
             self._copy(with_gradient)
         self._is_complete = True
