@@ -223,7 +223,7 @@ class Failing(Net):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings(r"ignore:.*fit\(ckpt_path")
 @pytest.mark.parametrize("position", ["before", "after"])
 def test_checkpoints_after_a_fit_and_of_an_exception_have_the_norms(position: str, tmp_path: Path) -> None:
     origin = weights(made())
