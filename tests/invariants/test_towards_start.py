@@ -247,7 +247,8 @@ def alive() -> int:
 
 class Count(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Net, batch: Any, batch_idx: int) -> None:
-        self.bytes = alive()
+        if batch_idx == 5:
+            self.bytes = alive()
 
 
 @pytest.mark.filterwarnings("ignore:L2Penalty penalises .* that their optimizer decays as well")
