@@ -40,22 +40,22 @@ def add_decay_gradient(params: Iterable[Tensor], weight_decay: float | Tensor, s
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
     grads = [_gradient(param) for param in params]
-    free = []
+    free: tuple[list[Tensor], list[Tensor]] = [], []
     for param, row, grad, weight in zip(params, rows, grads, weights, strict=True):
         if starts and param in starts:
             # one after the other, for temporaries of one parameter
             _add([grad], [weight - start_of_rows(starts[param], row, weight)], weight_decay)
         else:
-            free.append((grad, weight))
-    if free:
-        _add(*map(list, zip(*free, strict=True)), weight_decay)
+            free[0].append(grad)
+            free[1].append(weight)
+    _add(*free, weight_decay)
 
 
 def _add(grads: list[Tensor], weights: list[Tensor], weight_decay: float | Tensor) -> None:
     if isinstance(weight_decay, Tensor):
         for grad, weight in zip(grads, weights, strict=True):
             grad.addcmul_(weight, weight_decay.to(weight.device, weight.dtype))
-    else:
+    elif grads:
         torch._foreach_add_(grads, weights, alpha=weight_decay)
 
 
@@ -90,13 +90,24 @@ def shrink(
         pulls = [w if origin is None else w - origin for w, origin in zip(weights, origins, strict=True)]
         rounding.subtract(real_parts(weights), real_parts(pulls), of_each)
     else:
-        for weight, origin, share in zip(weights, origins, of_each, strict=True):
-            if origin is not None:
-                weight.lerp_(origin, share.to(weight) if isinstance(share, Tensor) else share)
+        _pull(weights, origins, of_each)
         free = [index for index, origin in enumerate(origins) if origin is None]
         if free:
             _scale([weights[index] for index in free], [of_each[index] for index in free])
     write(params, rows, weights)
+
+
+def _pull(weights: list[Tensor], origins: list[Tensor | None], of_each: list[Share]) -> None:
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for weight, origin, share in zip(weights, origins, of_each, strict=True):
+        if origin is not None and isinstance(share, Tensor):
+            weight.lerp_(origin, share.to(weight))
+        elif origin is not None:
+            pair = together.setdefault(float(share), ([], []))
+            pair[0].append(weight)
+            pair[1].append(origin)
+    for share, (pulled, towards) in together.items():
+        torch._foreach_lerp_(pulled, towards, share)
 
 
 def _scale(weights: list[Tensor], of_each: list[Share]) -> None:

@@ -46,6 +46,7 @@ def main() -> None:
     if "scheduling" in chosen:
         scheduling.scheduling()
         scheduling.many_lambdas()
+        scheduling.decayed_weights()
     if "memory" in chosen:
         memory.memory(device)
     if "synchronisation" in chosen and device.type == "cuda":

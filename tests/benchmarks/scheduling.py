@@ -13,7 +13,7 @@ from lightning_l2 import DecayRule, L2NormMonitor, WeightDecay, WeightDecaySched
 from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.schedules import CosineSchedule
 from tests.benchmarks.models import Trained, loader
-from tests.benchmarks.timing import interleaved, now, table
+from tests.benchmarks.timing import interleaved, medians, now, table
 
 ROUNDS = 2000
 
@@ -131,6 +131,46 @@ def _step(make: Callable[..., torch.optim.Optimizer], lambdas: int) -> Callable[
     own = {index: 1e-4 * (1 + index) for index in range(lambdas - 1)}
     rules = [DecayRule(f"rule{index}", pattern=rf"^{index}$", weight_decay=value) for index, value in own.items()]
     decay = RuleDecay(model, [optimizer], 0.1, rules=[*rules, DecayRule("rest")], apply="decoupled")
+
+    def step() -> object:
+        assert decay.is_decided
+        return optimizer.step()
+
+    return step
+
+
+def decayed_weights() -> None:
+    """Time of a step with one thing more done to the decayed weights over one without, medians of turns."""
+    rows = []
+    small = [(64, 64)] * 400
+    large = [(1024, 1024)] * 8
+    for name, make in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)):
+        for shapes in (small, large):
+            size = f"{len(shapes)} of {shapes[0][0]}^2"
+            steps = {way: _decaying(make, shapes, towards=way) for way in ("zero", "start")}
+            weights = [torch.ones(shape) for shape in shapes]
+            steps["pass"] = lambda weights=weights: torch._foreach_mul_(weights, 1.0)
+            times = medians(steps, rounds=60)
+            passes = (times["start"] - times["zero"]) / times["pass"]
+            cells = [f"{times['start'] / times['zero']:.3f}", f"{passes:.2f}"]
+            rows.append([f"towards='start' over 'zero', {size}, {name}", *cells])
+            bf16 = [(shape, torch.bfloat16) for shape in shapes]
+            steps = {one: _decaying(make, bf16, rounding=one) for one in ("nearest", "accumulate")}
+            times = medians(steps, rounds=60)
+            ratio = times["accumulate"] / times["nearest"]
+            rows.append([f"rounding='accumulate' over 'nearest', bfloat16, {size}, {name}", f"{ratio:.3f}", ""])
+    head = ["what", "ratio", "more, in reads and writes of the weights"]
+    table("A step of apply='decoupled' over one that does less to the weights", head, rows)
+
+
+def _decaying(make: Callable[..., torch.optim.Optimizer], shapes: Any, **options: Any) -> Callable[[], object]:
+    sizes = [one if isinstance(one[1], torch.dtype) else (one, torch.float32) for one in shapes]
+    model = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in sizes)
+    optimizer = make(model.parameters(), lr=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    # a share of 0.008 a step, which bfloat16 feels too
+    decay = RuleDecay(model, [optimizer], 8.0, apply="decoupled", **options)
 
     def step() -> object:
         assert decay.is_decided

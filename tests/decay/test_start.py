@@ -294,7 +294,9 @@ def test_resumed_in_a_bare_loop() -> None:
     other = Model()
     with torch.no_grad():
         other.head[0, 0] += 0.1
-    with pytest.raises(RuntimeError, match=r"^1 parameters don't start from the weights .* norm of 'head' is .* and was"):
+    with pytest.raises(
+        RuntimeError, match=r"^1 parameters don't start from the weights .* norm of 'head' is .* and was"
+    ):
         resume(other)
 
 
@@ -369,7 +371,9 @@ def test_lazy_parameters_have_no_start_in_a_resumed_training() -> None:
     start.find(model)
     model(torch.ones(1, 2))
     start.resume()
-    with pytest.raises(RuntimeError, match=r"^Nobody knows the weights .* shape \(1, 2\) .* Give lazy layers their shapes"):
+    with pytest.raises(
+        RuntimeError, match=r"^Nobody knows the weights .* shape \(1, 2\) .* Give lazy layers their shapes"
+    ):
         start.of(model.weight)
 
 
@@ -428,7 +432,9 @@ def test_misuse_of_a_way(apply: str) -> None:
     Mine.step = lambda self, closure=None: None
     Mine.__module__ = "mine"
     model = Model()
-    with pytest.raises(ValueError, match=r"Decay towards the start needs to know how Mine decays\. Choose apply='decoup"):
+    with pytest.raises(
+        ValueError, match=r"Decay towards the start needs to know how Mine decays\. Choose apply='decoup"
+    ):
         attached(model, Mine(model.parameters(), lr=0.1, weight_decay=0.1), apply="optimizer")
     attached(model, Mine(model.parameters(), lr=0.1), 0.1, apply=apply).remove()
     with pytest.raises(ValueError, match=r"Rule 'r': towards must be 'zero', 'start' or None, got 'begin'"):

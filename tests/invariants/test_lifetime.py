@@ -28,9 +28,11 @@ MAKERS: dict[str, Callable[[], pl.Callback]] = {
     ),
     "WeightDecay-decoupled": lambda: WeightDecay(0.3, apply="decoupled", summary=False),
     "WeightDecay-cautious": lambda: WeightDecay(0.3, apply="cautious", summary=False),
+    "WeightDecay-start": lambda: WeightDecay(0.3, towards="start", summary=False),
     "WeightDecayScheduler": lambda: WeightDecayScheduler(CosineSchedule(start=1.0, end=0.0)),
     "L2NormMonitor": lambda: L2NormMonitor(every_n_steps=1, gradients=True, updates=True),
     "L2Penalty": lambda: L2Penalty(0.1),
+    "L2Penalty-start": lambda: L2Penalty(0.1, towards="start"),
     "NormConstraint": lambda: NormConstraint(1.0),
     "NormConstraint-lagrangian": lambda: NormConstraint(1.0, method="lagrangian"),
 }

@@ -95,7 +95,9 @@ def test_another_start_is_an_error_before_the_first_step(ours: Any, tmp_path: Pa
     fit(made(), ours(), tmp_path, max_epochs=1)
     path, other = tmp_path / "epoch=0.ckpt", made(seed=4)
     kept = weights(other)
-    with pytest.raises(RuntimeError, match=r"^2 parameters don't start from the weights that training began with: the "):
+    with pytest.raises(
+        RuntimeError, match=r"^2 parameters don't start from the weights that training began with: the "
+    ):
         fit(other, ours(), tmp_path / "again", path)
     assert_same_weights(other, load(path)["state_dict"])
     assert not torch.equal(kept["head.weight"], weights(other)["head.weight"])
@@ -318,11 +320,15 @@ def test_deepspeed_is_refused(ours: Any) -> None:
         """Called like that of DeepSpeed, which need not be installed."""
 
     trainer = make_trainer(ours(), strategy=DeepSpeedStrategy("cpu"), accelerator="auto")
-    with pytest.raises(MisconfigurationException, match=r"^DeepSpeed keeps the weights .* Use towards='zero', or FSDP\.$"):
+    with pytest.raises(
+        MisconfigurationException, match=r"^DeepSpeed keeps the weights .* Use towards='zero', or FSDP\.$"
+    ):
         trainer.fit(made(), batches(2))
 
 
 def test_two_devices_for_one_copy() -> None:
     callbacks = [WeightDecay(0.1, towards="start", summary=False), L2Penalty(0.1, towards="start", start_device="cpu")]
-    with pytest.raises(ValueError, match=r"^Expected `start_device` to be 'same', as of the callback before, got 'cpu'"):
+    with pytest.raises(
+        ValueError, match=r"^Expected `start_device` to be 'same', as of the callback before, got 'cpu'"
+    ):
         make_trainer(callbacks).fit(made(), batches(2))
