@@ -137,9 +137,10 @@ class Start:
 class WatchedStart(Start):
     """The start of a module's training, one for all that ask in a fit: each calls `expect_start`, and `end` at last."""
 
-    def __init__(self, model: nn.Module, watch: Watch, device: StartDevice) -> None:
-        super().__init__(device)
+    def __init__(self, model: nn.Module, watch: Watch) -> None:
+        super().__init__()
         self.holders = 0
+        self.device_asked: StartDevice | None = None
         self._module = weakref.ref(model)
         self._stop = watch(partial(self.find, model))
 
@@ -160,25 +161,27 @@ class WatchedStart(Start):
 _KNOWN: weakref.WeakKeyDictionary[Any, WatchedStart] = weakref.WeakKeyDictionary()
 
 
-def expect_start(model: nn.Module, watch: Watch, device: StartDevice = "same") -> WatchedStart:
+def expect_start(model: nn.Module, watch: Watch, device: StartDevice | None = None) -> WatchedStart:
     """Return what will know the start of a module's training, one for all that ask.
 
     Args:
         model: The module.
         watch: Calls what it is given right before a checkpoint is loaded into the module, until what it returns.
-        device: Where to keep the weights.
+        device: Where to keep the weights, None for where others say.
 
     Raises:
         ValueError: If somebody else has asked for another device.
     """
     start = _KNOWN.get(model)
-    if start is not None and start.device != device:
+    if start is None:
+        start = _KNOWN[model] = WatchedStart(model, watch)
+    if device is not None and start.device_asked not in (None, device):
         raise ValueError(
             f"Expected `start_device` to be {start.device!r}, as of the callback before, got {device!r}: there is one "
             "copy of the start for all. Give both the same."
         )
-    if start is None:
-        start = _KNOWN[model] = WatchedStart(model, watch, device)
+    if device is not None:
+        start.device = start.device_asked = device
     start.holders += 1
     return start
 

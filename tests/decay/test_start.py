@@ -394,10 +394,11 @@ def test_all_that_ask_share_one_start() -> None:
         return lambda: watched.append("ends")
 
     model = nn.Linear(2, 1)
-    first, second = expect_start(model, watch), expect_start(model, watch)
+    first, second = expect_start(model, watch), expect_start(model, watch, "cpu")
     assert first is second
-    with pytest.raises(ValueError, match=r"^Expected `start_device` to be 'same', .* got 'cpu'.*Give both the same\."):
-        expect_start(model, watch, "cpu")
+    assert first.device == "cpu"
+    with pytest.raises(ValueError, match=r"^Expected `start_device` to be 'cpu', .* got 'same'.*Give both the same\."):
+        expect_start(model, watch, "same")
     first.of(model.weight)
     first.begin()
     assert watched == ["begins", "ends"]
