@@ -115,7 +115,7 @@ def _changed(row: GroupSummary, value: float) -> Outlook | None:
         return None
     share = row.outlook.share and row.outlook.share * value / row.weight_decay
     # DeepSpeed updates weights in fp32, whatever the module's are
-    return replace(row.outlook, first=value, last=value, largest=value, share=share, vanishing=0.0)
+    return replace(row.outlook, first=value, last=value, largest=value, strength=share, share=share, vanishing=0.0)
 
 
 def _split(optimizer: Optimizer, schedulers: Iterable[Any]) -> None:

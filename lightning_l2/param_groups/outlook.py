@@ -28,13 +28,14 @@ class Outlook:
         first: Lambda in the first step.
         last: Lambda in the last step, as far as that is planned.
         largest: The largest lambda that is planned.
+        strength: Eta lambda at the peaks of both, None where nobody knows it.
         share: The share s of the weights that decay takes in a step at the peaks of learning rate and lambda; None
             where there is none, or nobody knows it.
         steps: How many steps T the training has, None where nobody knows.
         vanishing: The share below which decay rounds away in the number format of the weights.
         dtype: That format.
 
-    >>> outlook = Outlook("decay", 1.0, 1.0, 1.0, share=0.001, steps=1000, vanishing=0.0, dtype="float32")
+    >>> outlook = Outlook("decay", 1.0, 1.0, 1.0, strength=0.001, share=0.001, steps=1000, vanishing=0.0, dtype="float32")
     >>> outlook.timescale, round(outlook.left, 2)
     (1000.0, 0.37)
     """
@@ -43,6 +44,7 @@ class Outlook:
     first: float
     last: float
     largest: float
+    strength: float | None
     share: float | None
     steps: int | None
     vanishing: float
@@ -97,11 +99,11 @@ class Outlook:
         """Yield what can only be suspected to be a mistake, with its numbers."""
         if not self.share:
             return
-        if self.share >= 1:
+        if self.strength is not None and self.strength >= 1:
             yield (
                 f"Weight decay of group {self.group!r} takes all of the weights in one step: eta * lambda = "
-                f"{self.share:g} at the peak of the learning rate. Give a weight_decay of less than "
-                f"{self.largest / self.share:g}."
+                f"{self.strength:g} at the peak of the learning rate. Give a weight_decay of less than "
+                f"{self.largest / self.strength:g}."
             )
         if self.is_lost:
             yield (
@@ -136,12 +138,16 @@ def outlook_of(groups: DecayGroups, group: DecayGroup, steps: int | None) -> Out
     """
     first = float(group.weight_decay)
     last, largest = groups.foretell(group)
+    peak, largest = peak_lr_of(group.parent), max(first, largest)
+    share = groups.share(group, peak, largest)
     return Outlook(
         group=group.name,
         first=first,
         last=last,
-        largest=max(first, largest),
-        share=groups.share(group, peak_lr_of(group.parent), max(first, largest)),
+        largest=largest,
+        # momentum makes of a small step a larger share in the long run
+        strength=share if share is None or peak is None else min(share, peak * largest),
+        share=share,
         steps=steps,
         vanishing=vanishing_share(group.params) if groups.rounds_away else 0.0,
         dtype=coarsest(group.params),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_choice, check_types
 from lightning_l2.rules.memberships import is_called
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ class DecayRule:
                 f"Rule {self.name!r} has both weight_decay={self.weight_decay} and multiplier={self.multiplier}. "
                 "Give the absolute value or the one relative to the base, not both."
             )
-        if self.towards not in (None, "zero", "start"):
-            raise ValueError(f"Rule {self.name!r}: towards must be 'zero', 'start' or None, got {self.towards!r}.")
         self._check_pattern()
         check_types(type(self), vars(self))
+        check_choice((None, "zero", "start"), towards=self.towards)
 
     def _check_pattern(self) -> None:
         groups = 0

@@ -93,6 +93,8 @@ def test_every_torch_optimizer_that_can_be_split_is_tried() -> None:
     ],
     ids=["clip-by-value", "accumulation", "bf16-mixed", "bf16-true", "float64"],
 )
+# bfloat16 rounds decay of 0.003 a step to 0.0039; it does so by hand too
+@pytest.mark.filterwarnings("ignore:Weight decay of group 'decay' is distorted")
 @pytest.mark.parametrize("name", ["AdamW", "SGD-nesterov"])
 def test_training_options(name: str, options: dict[str, Any]) -> None:
     make = OPTIMIZERS[name]

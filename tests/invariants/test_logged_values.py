@@ -258,7 +258,7 @@ def test_group_names_are_prefixed_only_where_they_would_clash() -> None:
         Net(grouped=groups), data()
     )
     found = {
-        key.removeprefix("weight_decay/"): rows.of(key)[0] for key in rows.logged() if key.startswith("weight_dec")
+        key.removeprefix("weight_decay/"): rows.of(key)[0] for key in rows.logged() if key.startswith("weight_decay/")
     }
     assert sorted(found.values()) == [0.0, 0.0, 0.1, 0.7], found
     for name, value in found.items():

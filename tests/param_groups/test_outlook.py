@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR,
 from lightning_l2 import DecayRule, WeightDecay, WeightDecayScheduler
 from lightning_l2.decay import RuleDecay
 from lightning_l2.decay.early import EarlySplit
-from lightning_l2.param_groups.outlook import Outlook, peak_lr_of
+from lightning_l2.param_groups.decay_groups import decay_groups
+from lightning_l2.param_groups.outlook import Outlook, outlook_of, peak_lr_of
 from lightning_l2.param_groups.resume import Resuming
 from lightning_l2.param_groups.summary import table
 from lightning_l2.schedules import CosineSchedule, LinearSchedule, OneCycleSchedule
@@ -31,10 +32,21 @@ STEPS = 20
 def outlook(share: float | None, steps: int | None = 1000, dtype: str = "bfloat16", **options: Any) -> Outlook:
     return Outlook(
         **{"group": "decay", "first": 1.0, "last": 1.0, "largest": 1.0, "vanishing": EPS[dtype] / 4, **options},
+        strength=share,
         share=share,
         steps=steps,
         dtype=dtype,
     )
+
+
+def test_momentum_makes_a_share_but_no_strength_of_it() -> None:
+    """A step of 0.45 of the weights is far from turning them around, however long momentum repeats it."""
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.9, weight_decay=4.5)
+    groups = decay_groups(optimizer)
+    (group,) = groups.groups
+    found = outlook_of(groups, group, None)
+    assert (found.share, found.strength) == (pytest.approx(4.5), pytest.approx(0.45))
+    assert list(found.warnings()) == []
 
 
 @pytest.mark.parametrize("share", [1e-4, 0.01, 0.5])
