@@ -35,7 +35,7 @@ class Outlook:
         vanishing: The share below which decay rounds away in the number format of the weights.
         dtype: That format.
 
-    >>> outlook = Outlook("decay", 1.0, 1.0, 1.0, strength=0.001, share=0.001, steps=1000, vanishing=0.0, dtype="float32")
+    >>> outlook = Outlook("decay", 1.0, 1.0, 1.0, 0.001, share=0.001, steps=1000, vanishing=0.0, dtype="float32")
     >>> outlook.timescale, round(outlook.left, 2)
     (1000.0, 0.37)
     """
