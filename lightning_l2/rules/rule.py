@@ -126,6 +126,11 @@ class DecayRule:
         return self.group is not None or self.optimizer is not None
 
     @property
+    def follows_base(self) -> bool:
+        """Whether the weight decay depends on the optimizer's base value."""
+        return self.weight_decay is None and self.multiplier != 0.0
+
+    @property
     def is_catch_all(self) -> bool:
         """Whether the rule has no condition, so takes every parameter."""
         return not self.conditions()
