@@ -107,8 +107,8 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
 
     Raises:
         RuntimeError: If a lazy parameter has no shape yet, or FSDP1 has flattened one and is not in the root.
-        TypeError: If the model is no module, a parameter to train is quantized, nested or one of MKL-DNN, or a module's
-            `no_weight_decay()` returns anything but names.
+        TypeError: If the model is no module, a parameter to train is quantized, nested or one of MKL-DNN, or a
+            module's `no_weight_decay()` returns anything but names.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected `model` to be a module, got {model!r}. Give an instance, not its class.")
