@@ -8,6 +8,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,7 +40,7 @@ def check_types(owner: type, arguments: Mapping[str, object]) -> None:
         if name in arguments and not _fits(arguments[name], hint):
             raise TypeError(
                 f"{owner.__name__} needs `{name}` to be {_named(hint)}, but got {reprlib.repr(arguments[name])} of "
-                f"type {type(arguments[name]).__name__}."
+                f"type {type(arguments[name]).__name__}.{_number_meant(arguments[name])}"
             )
 
 
@@ -96,24 +97,72 @@ def check_choice(choices: Sequence[object], **values: object) -> None:
             raise ValueError(f"Expected `{name}` to be {', '.join(most)} or {last}, got {value!r}.")
 
 
-def check_pattern(**values: str | None) -> None:
+def check_pattern(owner: str = "", /, **values: str | None) -> None:
     """Raise a `ValueError` for the first of the named values that is no regular expression; None is let pass.
 
-    >>> check_pattern(include="*")
+    Args:
+        owner: Who is to have it, for the message.
+        values: The values by name.
+
+    >>> check_pattern(include="[")
     Traceback (most recent call last):
-    ValueError: Expected `include` to be a regular expression, got '*': nothing to repeat at position 0.
+    ValueError: Expected `include` to be a regular expression, got '[': unterminated character set at position 0.
     """
     for name, value in values.items():
         try:
             re.compile(value or "")
         except re.error as error:
-            raise ValueError(f"Expected `{name}` to be a regular expression, got {value!r}: {error}.") from error
+            glob = f" As one, the glob is {as_regular_expression(value)!r}." if value and "*" in value else ""
+            raise ValueError(
+                f"Expected `{name}`{owner and f' of {owner}'} to be a regular expression, got {value!r}: {error}.{glob}"
+            ) from error
+
+
+def as_regular_expression(glob: str) -> str:
+    r"""Return the regular expression to search for that matches what a glob matches.
+
+    Args:
+        glob: A pattern in which `*` stands for any text and `?` for one character.
+
+    >>> print(as_regular_expression("*.bias"), as_regular_expression("head.*"), as_regular_expression("a?c"))
+    \.bias$ ^head\. ^a.c$
+    """
+    escaped = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in glob)
+    return f"^{escaped}$".removeprefix("^.*").removesuffix(".*$")
+
+
+def check_keys(what: str, known: Sequence[str], arguments: Mapping[str, object]) -> None:
+    """Raise a `TypeError` for the first of the arguments that is none of the known ones.
+
+    >>> check_keys("A rule", ["pattern", "modules"], {"patern": "bias"})
+    Traceback (most recent call last):
+    TypeError: A rule has no 'patern'. Did you mean 'pattern'? It takes pattern, modules.
+    """
+    for name in arguments:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"{what} has no {name!r}. {hint}It takes {', '.join(known)}.")
 
 
 def _check(what: str, holds: Callable[[float], bool], values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None and not holds(value):
             raise ValueError(f"Expected `{name}` to be {what}, got {value!r}.")
+
+
+def _number_meant(value: object) -> str:
+    """Say how to write a number that is text.
+
+    >>> _number_meant("0.1"), _number_meant("5%"), _number_meant("strong")
+    (' Write the number 0.1, without quotes.', ' Write the number 0.05, without quotes.', '')
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return ""
+    return f" Write the number {number:g}, without quotes."
 
 
 def _named(hint: Any) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_l2.arguments import check_types
 from lightning_l2.decay.start import WatchedStart, expect_start
@@ -87,14 +87,14 @@ class L2NormMonitor(Callback):
         initial_ratio: Log norms relative to those at the start of training, which are kept in checkpoints.
         spectra: Log singular values at every so many logged steps.
         histograms: Log histograms at every so many logged steps.
-        alarms: When to warn, a `lightning_l2.monitor.NormAlarms`; by default about norms that are not finite. None for
-            never.
+        alarms: When to warn, a `lightning_l2.monitor.NormAlarms` or, as in YAML, a mapping of its arguments; by default
+            about norms that are not finite. None for never.
 
     Raises:
         ValueError: If an argument is out of its range.
         MisconfigurationException: Before the first step, if gradients are asked for and DeepSpeed has them.
 
-    >>> monitor = L2NormMonitor(every_n_steps=100, per="parameter", updates=True, alarms=NormAlarms(growth=2.0))
+    >>> monitor = L2NormMonitor(every_n_steps=100, per="parameter", updates=True, alarms={"growth": 2.0})
     """
 
     def __init__(
@@ -115,6 +115,9 @@ class L2NormMonitor(Callback):
         histograms: int | None = None,
         alarms: NormAlarms | None = _ABOUT_NON_FINITE,
     ) -> None:
+        given: Any = alarms
+        if isinstance(given, Mapping):
+            alarms = NormAlarms.of(given)
         check_types(L2NormMonitor, locals())
         self.options = NormOptions(
             every_n_steps=every_n_steps,
@@ -285,3 +288,5 @@ class L2NormMonitor(Callback):
             and trainer.strategy.reduce_boolean_decision(bool(alarms), all=False)
         ):
             trainer.should_stop = True
+            reason = f"at step {step} {alarms[0].message}" if alarms else f"another process saw an alarm at step {step}"
+            rank_zero_info(f"L2NormMonitor signals the Trainer to stop: {reason}.")

@@ -341,12 +341,13 @@ class WeightDecay(Callback):
 
 
 def _warn_of_decayed(names_by_rule: Mapping[str, list[str]]) -> None:
-    for rule, names in names_by_rule.items():
+    if names_by_rule:
+        told = [f"{rule!r} ({len(names)}, such as {names[0]!r})" for rule, names in names_by_rule.items()]
         rank_zero_warn(
-            f"Rule {rule!r} decays {len(names)} parameters that the default exempts, such as {names[0]!r}. Put the "
-            "preset 'exempt' before it, rules=['exempt', ...], to leave biases and normalisations alone."
+            f"{sum(map(len, names_by_rule.values()))} parameters that the default exempts decay by the rules "
+            f"{', '.join(told)}. Put the preset 'exempt' before them, rules=['exempt', ...], to leave biases and "
+            "normalisations alone."
         )
-        return
 
 
 def _write(path: str | Path, summary: list[GroupSummary]) -> None:

@@ -66,6 +66,11 @@ class WeightDecayScheduler(Callback):
         total_steps: int | None = None,
         values: Literal["multiplier", "weight_decay"] = "multiplier",
     ) -> None:
+        if not isinstance(schedule, Schedule | FeedbackSchedule):
+            raise TypeError(
+                "Expected `schedule` to be one of `lightning_l2.schedules` or `lightning_l2.adaptive`, such as "
+                f"CosineSchedule(start=1.0, end=0.0), got {schedule!r}. Derive one of your own from Schedule."
+            )
         check_types(WeightDecayScheduler, locals())
         pattern_of(groups)
         check_choice(("step", "epoch"), interval=interval)

@@ -93,7 +93,6 @@ class RuleDecay:
         self._apply = apply
         self._rounding = rounding
         self._peak_lr = peak_lr
-        self._keeps_own = weight_decay is None
         self._resuming = resuming or Resuming("config")
         base = weight_decay if callable(weight_decay) else lambda group: weight_decay
         own = [replace(rule, towards=rule.towards or towards) for rule in resolve_rules(rules)]
@@ -247,21 +246,24 @@ class RuleDecay:
         return attached
 
     def _decide(self, number: int, optimizer: Optimizer) -> None:
-        self._check_takes_decay(optimizer)
         self._check_owner(optimizer)
         decay_groups(optimizer).decide(self._bases, self._resuming.configured(optimizer, self._users))
+        self._check_takes_decay(optimizer)
         check_groups(optimizer, self._apply, self._peak_lr)
 
     def _check_takes_decay(self, optimizer: Optimizer) -> None:
-        missing = any("weight_decay" not in group for group in optimizer.param_groups)
-        if missing and self._apply == "optimizer":
+        without = [group for group in decay_groups(optimizer).unnamed() if "weight_decay" not in group.parent]
+        if without and self._apply == "optimizer":
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} has no weight decay of its own. "
                 "Use WeightDecay(apply='decoupled') or apply='coupled', which work with any optimizer."
             )
-        if missing and self._keeps_own:
+        decisions = [decision for group in without for decision in group.decisions if decision.base is None]
+        needing = [rule.name for decision in decisions if (rule := decision.rule) is not None and rule.follows_base]
+        if needing:
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} has no weight decay of its own to keep. Give WeightDecay a `weight_decay`."
+                f"{type(optimizer).__name__} has no weight decay of its own to keep, which rule {needing[0]!r} goes "
+                "by. Give WeightDecay a `weight_decay`, or the rule one of its own."
             )
 
     def _check_owner(self, optimizer: Optimizer) -> None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_l2.arguments import check_pattern
+from lightning_l2.rules.closest import as_glob
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,10 +28,8 @@ def pattern_of(groups: str | None) -> _Among:
     Raises:
         ValueError: If it is none.
     """
-    try:
-        return None if groups is None else re.compile(groups)
-    except re.error as error:
-        raise ValueError(f"Expected `groups` to be a regular expression, got {groups!r} ({error}).") from error
+    check_pattern(groups=groups)
+    return None if groups is None else re.compile(groups)
 
 
 def taken(groups: Sequence[DecayGroups], among: _Among) -> list[DecayGroup]:
@@ -45,9 +46,10 @@ def check_taken(groups: Sequence[DecayGroups], among: _Among) -> None:
         MisconfigurationException: If there is one.
     """
     if among is not None and not taken(groups, among):
-        names = ", ".join(repr(group.name) for one in groups for group in one.groups)
+        names = [group.name for one in groups for group in one.groups]
         raise MisconfigurationException(
-            f"WeightDecayScheduler(groups={among.pattern!r}) takes no parameter group. The groups are {names}."
+            f"WeightDecayScheduler(groups={among.pattern!r}) takes no parameter group. "
+            + (as_glob(among.pattern, names) or f"The groups are {', '.join(map(repr, names))}.")
         )
     decaying = [(group.name, one.schedules) for one in groups for group in one.groups if group.base]
     for name, schedules in decaying:

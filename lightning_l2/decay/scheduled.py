@@ -290,6 +290,6 @@ def _multiplied(group: DecayGroup) -> float:
     if not group.decisions:
         return float(group.base)
     rule = group.decisions[0].rule
-    if rule is None or rule.weight_decay is not None or rule.multiplier == 0.0:
+    if rule is None or not rule.follows_base:
         return 0.0
     return float(group.base) / (1.0 if rule.multiplier is None else rule.multiplier)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_keys, check_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,6 +60,19 @@ class NormAlarms:
                 raise ValueError(f"Expected `{name}` to be None or a finite number above {above}, got {limit!r}.")
         if self.vanishing is not None and self.vanishing >= 1:
             raise ValueError(f"Expected `vanishing` to be a fraction between 0 and 1, got {self.vanishing!r}.")
+
+    @classmethod
+    def of(cls, limits: Mapping[str, Any]) -> NormAlarms:
+        """Return the alarms that have these arguments.
+
+        Raises:
+            TypeError: If there is no such argument.
+
+        >>> NormAlarms.of({"growth": 2.0}) == NormAlarms(growth=2.0)
+        True
+        """
+        check_keys("`alarms`", [field.name for field in fields(cls)], limits)
+        return cls(**limits)
 
     def check(
         self,

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parameter import is_lazy
 
 from lightning_l2.param_groups.decay_groups import decay_groups_of
+from lightning_l2.rules.closest import meant
 from lightning_l2.rules.parameters import clean_name, describe_parameters, is_undecided
 from lightning_l2.sharding import flat_shards, group_members, has_flat_pieces, process_groups
 
@@ -164,6 +166,27 @@ def regroup(
         owners=tuple(owners),
         counted=tuple(not optimizers or id(parameter) in held for parameter in watched.parameters),
     )
+
+
+def check_include(
+    model: nn.Module, watched: Watched, *, per: Per = "module", depth: int | None = None, include: str | None = None
+) -> None:
+    """Refuse what is found in the name of no layer, of a frozen one neither; the arguments are those of `watch`.
+
+    Raises:
+        MisconfigurationException: If there are layers, and none of them has such a name.
+
+    >>> from torch import nn
+    >>> check_include(nn.Linear(2, 2), watch(nn.Linear(2, 2), []), per="parameter", include="wei")
+    """
+    names = [*watched.names, *(clean_name(name) for name, _ in model.named_parameters())]
+    layers = list(watched.group_names) if per == "group" else [_layer(name, None, per, depth) for name in names]
+    layers = [layer for layer in dict.fromkeys(layers) if layer is not None]
+    if include is not None and layers and not any(re.search(include, layer) for layer in layers):
+        raise MisconfigurationException(
+            f"L2NormMonitor(include={include!r}) finds none of the {len(layers)} layers (per={per!r}). "
+            f"{meant(include, layers)}"
+        )
 
 
 def _before_norm(model: nn.Module, root: nn.Module | None) -> set[int]:

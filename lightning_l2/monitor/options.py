@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_l2.arguments import check_types
+from lightning_l2.arguments import check_pattern, check_types
 from lightning_l2.monitor.alarms import NormAlarms
 from lightning_l2.monitor.layers import Per
 
@@ -49,10 +48,11 @@ class NormOptions:
             raise ValueError(
                 f"`depth` rolls modules up and goes with per='module', got per={self.per!r}. Leave it out."
             )
-        try:
-            re.compile(self.include or "")
-        except re.error as error:
-            raise ValueError(f"`include` is no regular expression: {self.include!r} ({error}).") from error
+        check_pattern(include=self.include)
+        if self.include is not None and self.per == "total":
+            raise ValueError(
+                f"`include` chooses layers, got {self.include!r}, and per='total' logs none. Leave one of them out."
+            )
         if self.gradients is True:
             object.__setattr__(self, "gradients", "before_clipping")
 

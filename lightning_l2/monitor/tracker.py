@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_l2.monitor.histograms import Histogram
-from lightning_l2.monitor.layers import Watched, regroup, signature, watch
+from lightning_l2.monitor.layers import Watched, check_include, regroup, signature, watch
 from lightning_l2.monitor.measurement import WEIGHTS, Measurement, Step
 from lightning_l2.monitor.quantities import START, Quantity, logged, wanted
 from lightning_l2.optimizers.attachments import Attachments
@@ -14,6 +14,7 @@ from lightning_l2.optimizers.inner import is_hookable
 from lightning_l2.optimizers.step_hook import StepHook
 from lightning_l2.optimizers.turns import Turn
 from lightning_l2.param_groups.shrinkage import Shrinkage, count_shrinkage
+from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.sharding import show_shards
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class NormTracker:
         self._optimizers: Sequence[Optimizer] = ()
         self._holders: Sequence[Any] = ()
         self._hooks: list[_ReadingHook] = []
+        self._is_checked = False
 
     @property
     def step(self) -> int | None:
@@ -221,6 +223,10 @@ class NormTracker:
             self._parameters = list(model.parameters())
             self._signature = signature(self._parameters, optimizers)
             self._watched = watch(model, optimizers, root=root, **self._rolling())
+            if not self._is_checked and not is_undecided(model):
+                self._is_checked = True
+                options = self._options
+                check_include(model, self._watched, per=options.per, depth=options.depth, include=options.include)
         return self._watched
 
     def _rolling(self) -> dict[str, Any]:

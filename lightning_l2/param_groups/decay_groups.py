@@ -337,12 +337,18 @@ def weight_decay_in_force(optimizer: Any) -> dict[str, float]:
     Args:
         optimizer: An optimizer, also a wrapped one; one without weight decay has 0.
 
+    Raises:
+        TypeError: If it is none.
+
     >>> import torch
     >>> groups = [{"params": [torch.zeros(1)], "name": "head"}, {"params": [torch.zeros(1)], "weight_decay": 0.0}]
     >>> weight_decay_in_force(torch.optim.AdamW(groups, weight_decay=0.1))
     {'head': 0.1, 'group1': 0.0}
     """
-    found = [decay_groups(one) for one in updating_optimizers(optimizer)]
+    updating = updating_optimizers(optimizer)
+    if not all(hasattr(one, "param_groups") for one in updating):
+        raise TypeError(f"Expected `optimizer` to be one, such as `trainer.optimizers[0]`, got {optimizer!r}.")
+    found = [decay_groups(one) for one in updating]
     if any(len(one.siblings) < len(found) for one in found):
         found = decay_groups_of([one.optimizer for one in found])
     return {group.name: float(group.weight_decay) for one in found for group in one.groups}

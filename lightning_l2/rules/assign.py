@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from lightning_l2.arguments import check_keys
 from lightning_l2.rules.closest import unused_message
 from lightning_l2.rules.memberships import Membership, memberships
 from lightning_l2.rules.parameters import ParameterInfo, describe_parameters
@@ -33,6 +34,9 @@ __all__ = [
 Rules = str | Sequence[DecayRule | Mapping[str, Any] | str]
 
 
+_A_LIST = "Write rules=[{'name': 'head', 'pattern': '^head', 'weight_decay': 0.1}, 'default'], or in YAML the same."
+
+
 def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
     """Return the rules that a preset's name, or a list of rules and presets' names, stands for.
 
@@ -48,7 +52,7 @@ def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
     ['head', 'no_decay', 'decay']
     """
     if not isinstance(rules, (str, Sequence)):
-        raise TypeError(f"rules must be the name of a preset or a list of rules, got {rules!r}.")
+        raise TypeError(f"rules must be the name of a preset or a list of rules, got {rules!r}. {_A_LIST}")
     resolved: list[DecayRule] = []
     for entry in [rules] if isinstance(rules, str) else rules:
         if isinstance(entry, DecayRule):
@@ -58,7 +62,7 @@ def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
         elif isinstance(entry, Mapping):
             resolved.append(_rule(entry))
         else:
-            raise TypeError(f"A rule must be a DecayRule or the name of a preset, got {entry!r}.")
+            raise TypeError(f"A rule must be a DecayRule or the name of a preset, got {entry!r}. {_A_LIST}")
     if not resolved:
         raise ValueError("rules is empty. Give at least one rule, or the preset 'default'.")
     # a preset may bring a rule that stands there already, as `exempt` does before `default`
@@ -207,12 +211,9 @@ def _preset(name: str) -> tuple[DecayRule, ...]:
 
 
 def _rule(arguments: Mapping[str, Any]) -> DecayRule:
-    known = [field.name for field in fields(DecayRule)]
-    for name in arguments:
-        if name not in known:
-            close = get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise TypeError(f"A rule has no {name!r}. {hint}It takes {', '.join(known)}.")
+    check_keys("A rule", [field.name for field in fields(DecayRule)], arguments)
+    if "name" not in arguments:
+        raise TypeError(f"A rule needs a `name`, which becomes that of its parameter group, got {dict(arguments)!r}.")
     return DecayRule(**arguments)
 
 

@@ -8,8 +8,9 @@ from difflib import SequenceMatcher, get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from lightning_l2.arguments import as_regular_expression
 from lightning_l2.rules.exemptions import class_names
-from lightning_l2.rules.rule import DecayRule, as_regular_expression
+from lightning_l2.rules.rule import DecayRule
 
 if TYPE_CHECKING:
     from lightning_l2.rules.parameters import ParameterInfo
@@ -43,7 +44,7 @@ def _way_out(rule: DecayRule, infos: Sequence[ParameterInfo]) -> str:
         some = [f"{name} matches {_first({name: value}, infos)!r}" for name, value in conditions.items()]
         return f"No parameter meets all of them: {', '.join(some)}."
     if alone[0] == "pattern":
-        return _glob(str(rule.pattern), infos) or f"Closest names: {_listed(_closest_names(str(rule.pattern), infos))}."
+        return meant(str(rule.pattern), [info.name for info in infos])
     if alone[0] == "modules":
         return f"Closest classes: {_listed(_closest_classes(rule, infos))}."
     members = [info.member for info in infos if info.member is not None]
@@ -62,9 +63,20 @@ def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(repr, dict.fromkeys(values)))
 
 
-def _glob(pattern: str, infos: Sequence[ParameterInfo]) -> str:
-    """Explain a pattern that is a glob: as one it matches."""
-    found = next((info.name for info in infos if fnmatchcase(info.name, pattern)), None)
+def meant(pattern: str, names: Sequence[str]) -> str:
+    """Say what a regular expression that is found in none of the names may have meant.
+
+    >>> meant("*head*", ["body.weight", "head.weight"])
+    "As a glob it would match 'head.weight', but patterns are regular expressions: write 'head'."
+    >>> meant("^bdy", ["head.weight", "body.weight"])
+    "Closest names: 'body.weight', 'head.weight'."
+    """
+    return as_glob(pattern, names) or f"Closest names: {_listed(_closest_names(pattern, names))}."
+
+
+def as_glob(pattern: str, names: Sequence[str]) -> str:
+    """Explain a pattern that is found in none of the names, if it is a glob of one of them."""
+    found = next((name for name in names if fnmatchcase(name, pattern)), None)
     if found is None:
         return ""
     return (
@@ -73,7 +85,7 @@ def _glob(pattern: str, infos: Sequence[ParameterInfo]) -> str:
     )
 
 
-def _closest_names(pattern: str, infos: Sequence[ParameterInfo]) -> list[str]:
+def _closest_names(pattern: str, names: Sequence[str]) -> list[str]:
     """Return the three names with parts most like the words of a pattern."""
     words = re.findall(r"\w+", re.sub(r"\\[a-zA-Z]", " ", pattern).lower())
     ratios: dict[tuple[str, str], float] = {}
@@ -85,7 +97,7 @@ def _closest_names(pattern: str, infos: Sequence[ParameterInfo]) -> list[str]:
                 ratios[pair] = SequenceMatcher(None, *pair).ratio()
         return sum(max(ratios[word, part] for part in parts) for word in words)
 
-    return sorted((info.name for info in infos), key=likeness, reverse=True)[:3]
+    return sorted(names, key=likeness, reverse=True)[:3]
 
 
 def _closest_classes(rule: DecayRule, infos: Sequence[ParameterInfo]) -> list[str]:

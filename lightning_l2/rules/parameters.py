@@ -107,9 +107,11 @@ def describe_parameters(model: nn.Module, root: nn.Module | None = None) -> list
 
     Raises:
         RuntimeError: If a lazy parameter has no shape yet, or FSDP1 has flattened one and is not in the root.
-        TypeError: If a parameter to train is quantized, nested or one of MKL-DNN, or a module's `no_weight_decay()`
-            returns anything but names.
+        TypeError: If the model is no module, a parameter to train is quantized, nested or one of MKL-DNN, or a
+            module's `no_weight_decay()` returns anything but names.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected `model` to be a module, got {model!r}. Give an instance, not its class.")
     show_shards(model if root is None else root)
     sites = list(_sites(model))
     shapes = shapes_before_flattening(model if root is None else root)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lightning_l2.arguments import check_choice, check_types
+from lightning_l2.arguments import check_choice, check_pattern, check_types
 from lightning_l2.rules.memberships import is_called
 
 if TYPE_CHECKING:
@@ -103,18 +103,13 @@ class DecayRule:
         check_choice((None, "zero", "start"), towards=self.towards)
 
     def _check_pattern(self) -> None:
-        groups = 0
         if self.pattern is not None and not isinstance(self.pattern, str):
-            raise TypeError(f"Rule {self.name!r}: pattern must be a string, got {self.pattern!r}.")
-        if self.pattern is not None:
-            try:
-                groups = re.compile(self.pattern).groups
-            except re.error as error:
-                meant = f" As one, the glob is {as_regular_expression(self.pattern)!r}." if "*" in self.pattern else ""
-                raise ValueError(
-                    f"Rule {self.name!r}: pattern {self.pattern!r} is not a regular expression: {error}.{meant}"
-                ) from error
-        if self.layer_multiplier is not None and not groups:
+            raise TypeError(
+                f"Rule {self.name!r}: pattern must be a string, got {self.pattern!r}. One that means several names is "
+                "'^head|^neck'."
+            )
+        check_pattern(f"rule {self.name!r}", pattern=self.pattern)
+        if self.layer_multiplier is not None and not re.compile(self.pattern or "").groups:
             raise ValueError(
                 f"Rule {self.name!r} has layer_multiplier={self.layer_multiplier}, so its pattern must have a group "
                 rf"that is the layer's number, such as 'layers\.(\d+)\.', got {self.pattern!r}."
@@ -124,6 +119,11 @@ class DecayRule:
     def asks_optimizers(self) -> bool:
         """Whether the rule can only be decided where the optimizers are known."""
         return self.group is not None or self.optimizer is not None
+
+    @property
+    def follows_base(self) -> bool:
+        """Whether the weight decay depends on the optimizer's base value."""
+        return self.weight_decay is None and self.multiplier != 0.0
 
     @property
     def is_catch_all(self) -> bool:
@@ -188,19 +188,6 @@ def is_of_class(module: nn.Module, wanted: str | type) -> bool:
     if isinstance(wanted, type):
         return isinstance(module, wanted) or wanted in classes
     return any(is_called(cls, wanted) for cls in classes)
-
-
-def as_regular_expression(glob: str) -> str:
-    r"""Return the regular expression to search for that matches what a glob matches.
-
-    Args:
-        glob: A pattern in which `*` stands for any text and `?` for one character.
-
-    >>> print(as_regular_expression("*.bias"), as_regular_expression("head.*"), as_regular_expression("a?c"))
-    \.bias$ ^head\. ^a.c$
-    """
-    escaped = "".join({"*": ".*", "?": "."}.get(char, re.escape(char)) for char in glob)
-    return f"^{escaped}$".removeprefix("^.*").removesuffix(".*$")
 
 
 def check_weight_decay(value: Any, what: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -758,7 +759,7 @@ def alarmed(monitor: L2NormMonitor, factor: float, **options: Any) -> tuple[Rows
 
 
 @pytest.mark.parametrize("kind", ALARMS)
-def test_alarms(kind: str) -> None:
+def test_alarms(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     alarms, factor, message = ALARMS[kind]
     layer = "total" if kind == "penalty" else "head.weight"
     rows, messages, trainer = alarmed(L2NormMonitor(per="parameter", alarms=alarms), factor)
@@ -766,8 +767,11 @@ def test_alarms(kind: str) -> None:
     assert all(text.startswith("At step 4 ") for text in messages)  # not again at the steps after
     assert {step for step, row in rows.rows.items() if f"norm_alarm/{kind}/{layer}" in row} == {4}
     assert trainer.global_step == 8
-    stopping = L2NormMonitor(per="parameter", alarms=NormAlarms(**{**vars(alarms), "stop": True}))
-    assert alarmed(stopping, factor)[2].global_step == 5
+    stopping = L2NormMonitor(per="parameter", alarms={**vars(alarms), "stop": True})
+    with caplog.at_level("INFO"):
+        assert alarmed(stopping, factor)[2].global_step == 5
+    told = [text for text in caplog.messages if "L2NormMonitor signals the Trainer to stop: at step 4 the L2 " in text]
+    assert len(told) == 1
     assert alarmed(L2NormMonitor(per="parameter", alarms=None), factor)[1] == []
 
 
@@ -878,7 +882,15 @@ MISUSES: dict[str, tuple[dict[str, Any], str]] = {
         "Expected `gradients` to be one of True, False, 'before_clipping', 'after_",
     ),
     "depth": ({"depth": 2, "per": "parameter"}, "`depth` rolls modules up and goes with per='module', got per='param"),
-    "include": ({"include": "("}, "`include` is no regular expression: '('"),
+    "include": ({"include": "("}, "Expected `include` to be a regular expression, got '(': missing ),"),
+    "include without layers": (
+        {"include": "a", "per": "total"},
+        "`include` chooses layers, got 'a', and per='total'",
+    ),
+    "unknown alarm": (
+        {"alarms": {"grow": 2.0}},
+        "`alarms` has no 'grow'. Did you mean 'growth'? It takes max_norm",
+    ),
 }
 
 
@@ -887,6 +899,46 @@ def test_misuse(case: str) -> None:
     options, message = MISUSES[case]
     with pytest.raises((TypeError, ValueError), match="^" + re.escape(message)):
         L2NormMonitor(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"include": "^haed"},
+            r"include='\^haed'\) finds none of the 3 layers \(per='module'\)\. Closest names: 'h",
+        ),
+        ({"include": "bo?y.*"}, r"As a glob it would match 'body\.0', but .*: write '\^bo\.y"),
+        ({"include": "head", "per": "group"}, r"the 1 layers \(per='group'\)\. Closest names: 'group0'"),
+        ({"include": "weight", "depth": 1}, r"the 2 layers .*: '(body|head)', '(body|head)'\."),
+    ],
+)
+def test_include_that_finds_no_layer(options: dict[str, Any], message: str) -> None:
+    model = Net()
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(L2NormMonitor(**options), model)
+    assert model.trainer.global_step == 0
+
+
+def test_include_finds_what_is_frozen_at_first() -> None:
+    model = Net()
+    model.body.requires_grad_(False)
+    rows, _, _ = fit(L2NormMonitor(include="^body"), model)
+    assert {key for key in rows.rows[0] if key.startswith("l2_norm/")} == {"l2_norm/total"}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_include_waits_for_lazy_layers() -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.LazyLinear(2)
+
+    rows = Rows()
+    make_trainer([L2NormMonitor(include="^head", every_n_steps=1)], logger=rows).fit(Lazy(), data())
+    assert "l2_norm/head" in rows.rows[1]
+    with pytest.raises(MisconfigurationException, match=r"'\^haed'\) finds none"):
+        make_trainer([L2NormMonitor(include="^haed", every_n_steps=1)]).fit(Lazy(), data())
 
 
 def test_alarms_of_a_wrong_type() -> None:

@@ -170,7 +170,7 @@ def test_groups_that_two_take_or_none_are_an_error(patterns: Any, message: str |
 
 
 def test_a_pattern_is_checked_at_once() -> None:
-    with pytest.raises(ValueError, match=r"Expected `groups` to be a regular expression, got '\(head' \(missing \)"):
+    with pytest.raises(ValueError, match=r"Expected `groups` to be a regular expression, got '\(head': missing \)"):
         WeightDecayScheduler(ConstantSchedule(), groups="(head")
 
 

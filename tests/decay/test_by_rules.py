@@ -82,6 +82,21 @@ def test_without_a_value_each_group_keeps_its_own() -> None:
     assert still(model, optimizer)["2.weight"] == pytest.approx(1 - LR * 0.4, rel=1e-12)
 
 
+@pytest.mark.parametrize("apply", ["coupled", "decoupled", "independent", "cautious"])
+def test_rules_that_all_say_a_value_need_none_from_the_optimizer(apply: Any) -> None:
+    model = net()
+    optimizer = torch.optim.Rprop(model.parameters(), lr=LR)
+    rules = [
+        DecayRule("exempt_head", pattern=r"^2\.", multiplier=0.0),
+        "exempt",
+        DecayRule("body", weight_decay=LAMBDA),
+    ]
+    decay = RuleDecay(model, [optimizer], rules=rules, apply=apply)
+    assert decay.weight_decay()["0.weight"] == LAMBDA
+    factor = {"coupled": 1 - LR, "independent": 1 - LAMBDA}.get(apply, 1 - LR * LAMBDA)  # Rprop goes by signs
+    assert still(model, optimizer) == pytest.approx(dict.fromkeys(expected(1), 1.0) | {"0.weight": factor}, rel=1e-12)
+
+
 def test_the_base_may_follow_from_the_group() -> None:
     model = net()
     groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "lr": 0.2}]
@@ -167,7 +182,12 @@ def test_a_checkpoints_lambda(on_resume: Any, base: float) -> None:
             MisconfigurationException,
             r"Rprop has no .* Use WeightDecay\(apply=",
         ),
-        (torch.optim.Rprop, {"apply": "decoupled"}, MisconfigurationException, r"of its own to keep. Give WeightDecay"),
+        (
+            torch.optim.Rprop,
+            {"apply": "decoupled"},
+            MisconfigurationException,
+            r"Rprop has no .* to keep, which rule 'decay' goes by\. Give WeightDecay a `weight_decay`, or the rule one",
+        ),
         (torch.optim.SGD, {"apply": "sideways"}, ValueError, r"Unknown apply='sideways'"),
         (torch.optim.SGD, {"apply": "independent", "weight_decay": 2.0}, ValueError, r"got weight_decay=2.0"),
         (torch.optim.SGD, {"rules": [DecayRule("x", pattern="none"), "default"]}, ValueError, r"Rule 'x' matched no"),

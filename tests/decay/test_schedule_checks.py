@@ -73,6 +73,8 @@ def test_no_group_of_that_name() -> None:
     assert str(caught.value) == (
         "WeightDecayScheduler(groups='hed') takes no parameter group. The groups are 'body', 'head'."
     )
+    with pytest.raises(MisconfigurationException, match=r"As a glob it would match 'group/head', .*: write '\^gr"):
+        constant(1.0, sgd(**{"group/head": 0.2}), "grou?/h*d").check()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_multipliers_at_the_base_are_told_and_others_not(recwarn: pytest.Warning
 
 def test_patterns() -> None:
     assert pattern_of(None) is None
-    with pytest.raises(ValueError, match=r"Expected `groups` to be a regular expression, got '\*' \("):
+    with pytest.raises(ValueError, match=r"Expected `groups` to be a regular expression, got '\*': "):
         pattern_of("*")
 
 

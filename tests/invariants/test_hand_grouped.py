@@ -195,7 +195,7 @@ def test_groups_the_user_made_keep_their_options(weight_decay: float | None, exp
     assert_same_weights(model, train(seeded(Net, make, grouped=with_two_groups(*expected, exempt=True))))
 
 
-@pytest.mark.filterwarnings("ignore:Rule .biases. decays 2 parameters that the default exempts")
+@pytest.mark.filterwarnings("ignore:2 parameters that the default exempts decay by the rules")
 def test_rules_take_multipliers_and_absolute_values() -> None:
     rules = [
         DecayRule("norms", modules=("LayerNorm",), weight_decay=0.0),

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from lightning_l2 import DecayRule, L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
+from lightning_l2 import (
+    DecayRule,
+    L2NormMonitor,
+    L2Penalty,
+    NormConstraint,
+    WeightDecay,
+    WeightDecayScheduler,
+    assign_rules,
+    weight_decay_in_force,
+)
+from lightning_l2.adaptive import AlphaDecay
 from lightning_l2.schedules import LinearSchedule
 from tests.helpers import Net, Rows, Shrinking, batches, data, layout, make_trainer, sgd
 
@@ -64,6 +74,26 @@ BUILT: dict[str, tuple[Make, tuple[str, ...]]] = {
     "nan bound": (lambda: NormConstraint(NAN), ("bound", "nan")),
     "unknown method": (lambda: NormConstraint(1.0, method="clip"), ("method", "clip", "projection", "lagrangian")),
     "unknown constraint per": (lambda: NormConstraint(1.0, per="layer"), ("per", "layer", "parameter")),
+    "text of a number": (lambda: WeightDecay("1e-2"), ("weight_decay", "'1e-2'", "Write the number 0.01")),
+    "percent": (lambda: WeightDecay("5%"), ("weight_decay", "'5%'", "Write the number 0.05")),
+    "a mapping of rules": (lambda: WeightDecay(0.1, rules={"head": 0.1}), ("rules", "'head'", "Write rules=[")),
+    "a pair for a rule": (lambda: WeightDecay(0.1, rules=[("head", 0.1)]), ("rule", "'head'", "Write rules=[")),
+    "a mapping without a name": (lambda: WeightDecay(rules=[{"pattern": "x"}]), ("rule", "`name`", "'x'")),
+    "several patterns": (lambda: DecayRule("a", pattern=["b", "c"]), ("pattern", "['b', 'c']", "'^head|^neck'")),
+    "a glob for a pattern": (lambda: DecayRule("a", pattern="*.bias"), ("pattern", "'*.bias'", r"'\\.bias$'")),
+    "a glob for include": (lambda: L2NormMonitor(include="*.bias"), ("include", "'*.bias'", r"'\\.bias$'")),
+    "a glob for exclude": (lambda: AlphaDecay(exclude="*.bias"), ("exclude", "'*.bias'", r"'\\.bias$'")),
+    "a glob for groups": (lambda: WeightDecayScheduler(RAMP, groups="*a"), ("groups", "'*a'", "'a$'")),
+    "an unknown alarm": (lambda: L2NormMonitor(alarms={"grow": 2.0}), ("alarms", "'grow'", "'growth'")),
+    "text for an alarm": (lambda: L2NormMonitor(alarms={"growth": "2"}), ("growth", "'2'", "Write the number 2")),
+    "text for a schedule": (lambda: WeightDecayScheduler("cosine"), ("schedule", "'cosine'", "CosineSchedule(")),
+    "a class for a schedule": (
+        lambda: WeightDecayScheduler(LinearSchedule),
+        ("schedule", "LinearSchedule", "as"),
+    ),
+    "a function for a schedule": (lambda: WeightDecayScheduler(abs), ("schedule", "abs", "Derive one")),
+    "a class for a module": (lambda: assign_rules(Net), ("model", "Net", "instance")),
+    "a module for an optimizer": (lambda: weight_decay_in_force(Net()), ("optimizer", "Net", "trainer.optimizers")),
     "negative schedule": (lambda: LinearSchedule(start=-1.0, end=1.0), ("start", "-1")),
     "nan schedule": (lambda: LinearSchedule(start=0.0, end=NAN), ("end", "nan")),
 }
@@ -165,6 +195,17 @@ def test_frozen_ones_and_buffers_are_left_alone(kind: str, reader: str) -> None:
 
 def test_a_rule_that_others_shadow() -> None:
     refused(Steps(), rules(DecayRule("rest"), DecayRule("head", pattern="^head")), "head")
+
+
+def test_rules_that_decay_what_the_defaults_exempt_are_told_in_one_warning() -> None:
+    own = [DecayRule("head", pattern="^head"), DecayRule("lin", modules="Linear"), DecayRule("n", modules="LayerNorm")]
+    with pytest.warns(UserWarning, match="exempt") as caught:
+        make_trainer(rules(*own)).fit(Net(), data())
+    assert [str(one.message) for one in caught if "exempt" in str(one.message)] == [
+        "4 parameters that the default exempts decay by the rules 'lin' (1, such as 'body.0.bias'), "
+        "'n' (2, such as 'body.1.weight'), 'head' (1, such as 'head.bias'). Put the preset 'exempt' before them, "
+        "rules=['exempt', ...], to leave biases and normalisations alone."
+    ]
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "Rprop", "SparseAdam"])

@@ -418,7 +418,7 @@ ALIKE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Rule .* decays .* parameters that the default exempts")
+@pytest.mark.filterwarnings("ignore:.* parameters that the default exempts decay by")
 @examples(7)
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(ALIKE)), st.booleans()), min_size=2, max_size=4),

@@ -269,6 +269,9 @@ def test_a_model_without_parameters():
     assert decay_param_groups(nn.ReLU(), 0.1) == []
 
 
+A_LIST = "Write rules=[{'name': 'head', 'pattern': '^head', 'weight_decay': 0.1}, 'default'], or in YAML the same."
+
+
 @pytest.mark.parametrize(
     ("rules", "error", "message"),
     [
@@ -372,9 +375,18 @@ def test_a_model_without_parameters():
             "'transformer', 'rnn'.",
         ),
         ([], ValueError, "rules is empty. Give at least one rule, or the preset 'default'."),
-        (None, TypeError, "rules must be the name of a preset or a list of rules, got None."),
-        ({"name": "a"}, TypeError, "rules must be the name of a preset or a list of rules, got {'name': 'a'}."),
-        ([3], TypeError, "A rule must be a DecayRule or the name of a preset, got 3."),
+        (None, TypeError, "rules must be the name of a preset or a list of rules, got None. " + A_LIST),
+        (
+            {"name": "a"},
+            TypeError,
+            "rules must be the name of a preset or a list of rules, got {'name': 'a'}. " + A_LIST,
+        ),
+        ([3], TypeError, "A rule must be a DecayRule or the name of a preset, got 3. " + A_LIST),
+        (
+            [{"pattern": "b"}],
+            TypeError,
+            "A rule needs a `name`, which becomes that of its parameter group, got {'pattern': 'b'}.",
+        ),
         (
             [{"name": "a", "patern": "b"}],
             TypeError,

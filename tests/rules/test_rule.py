@@ -56,12 +56,17 @@ def test_resolve_rejects_a_base_that_is_no_weight_decay(base):
         ({"modules": [3]}, TypeError, "Rule 'a': modules must be classes or names of classes, got 3."),
         ({"modules": [""]}, TypeError, "Rule 'a': modules must be classes or names of classes, got ''."),
         ({"modules": 3}, TypeError, "Rule 'a': modules must be classes or names of classes, got 3."),
-        ({"pattern": 3}, TypeError, "Rule 'a': pattern must be a string, got 3."),
+        (
+            {"pattern": ["head"]},
+            TypeError,
+            "Rule 'a': pattern must be a string, got ['head']. One that means several names is '^head|^neck'.",
+        ),
         ({"optional": "no"}, TypeError, "DecayRule needs `optional` to be bool, but got 'no' of type str."),
         (
             {"pattern": "(head"},
             ValueError,
-            "Rule 'a': pattern '(head' is not a regular expression: missing ), unterminated subpattern at position 0.",
+            "Expected `pattern` of rule 'a' to be a regular expression, got '(head': missing ), unterminated "
+            "subpattern at position 0.",
         ),
         (
             {"layer_multiplier": 0.9},
