@@ -20,8 +20,9 @@ class AdaptiveDecay(FeedbackSchedule):
 
     $multiplier \leftarrow smoothing * multiplier + (1 - smoothing) * \|g\| / \|w\|$, from 0, with `g` the
     gradient of the loss and `w` the weights, each as one vector over the decayed groups (base weight decay above 0) of
-    the optimizer. The base weight decay then is the wanted ratio of the two pulls, $\|weight_decay_t * w\| /
-    \|g\|$: the authors' `lambda_awd`, about 0.02 where 5e-4 is usual.
+    the optimizer; over all, where none decays and an `L2Penalty` follows. The base weight decay then is the wanted
+    ratio of the two pulls, $\|weight_decay_t * w\| / \|g\|$: the authors' `lambda_awd`, about 0.02 where 5e-4 is
+    usual.
 
     Reads gradients and weights, of any optimizer. A step whose norms are not finite (fp16 overflow) or whose weights
     are all 0 changes nothing. One transfer from the accelerator a step.
@@ -56,13 +57,9 @@ class AdaptiveDecay(FeedbackSchedule):
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:
         r"""Return one multiplier for all groups, moved towards $\|g\| / \|w\|$ of this step."""
-        weights = [
-            parameter
-            for group in optimizer.param_groups
-            if base_weight_decay(group) > 0.0
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        decayed = [group for group in optimizer.param_groups if base_weight_decay(group) > 0.0]
+        groups = decayed or optimizer.param_groups
+        weights = [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
         if weights:
             squares = squared_norms([*(weight.grad for weight in weights), *weights]).tolist()
             gradient, weight = math.fsum(squares[: len(weights)]), math.fsum(squares[len(weights) :])

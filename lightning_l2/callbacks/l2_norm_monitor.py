@@ -16,9 +16,9 @@ from lightning_l2.monitor.histograms import log_histogram, takes_histograms
 from lightning_l2.monitor.layers import Per
 from lightning_l2.monitor.options import NormOptions
 from lightning_l2.monitor.tracker import NormTracker
-from lightning_l2.trainer.callback import Callback
 from lightning_l2.trainer.clock import ends_step
 from lightning_l2.trainer.logging import log_metrics, log_step, logging_interval
+from lightning_l2.trainer.monitored import MonitoredCallback
 from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
 from lightning_l2.trainer.restoring import before_restoring
 
@@ -31,7 +31,7 @@ _ABOUT_NON_FINITE = NormAlarms()
 _SHOWN = ("l2_norm/total", "l2_penalty/total")
 
 
-class L2NormMonitor(Callback):
+class L2NormMonitor(MonitoredCallback):
     r"""Log the L2 norm of every layer, the penalty and lambda of every parameter group.
 
     | key | quantity | option |
@@ -115,6 +115,7 @@ class L2NormMonitor(Callback):
         histograms: int | None = None,
         alarms: NormAlarms | None = _ABOUT_NON_FINITE,
     ) -> None:
+        super().__init__()
         given: Any = alarms
         if isinstance(given, Mapping):
             alarms = NormAlarms.of(given)
@@ -145,6 +146,7 @@ class L2NormMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; here, since states are restored after it."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if self.options.gradients and splits_early(trainer):
@@ -159,6 +161,7 @@ class L2NormMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh, with the optimizers that this fit has."""
+        super().on_train_start(trainer, pl_module)
         self._fit = NormTracker(self.options, self._initial, self._start)
         self._fit.count(optimizers_in_use(trainer))
         if self._left:
@@ -216,6 +219,7 @@ class L2NormMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what decay has left, and the norms at the start of training, if anything needs them."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         initial = self._initial if self.options.keeps_initial else {}
         left = self._left if self._fit is None else self._fit.left()
         state = {"initial_squares": initial, "left": left, "start": self._start_norms}
@@ -227,6 +231,7 @@ class L2NormMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up what was kept."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._initial, self._left, self._start_norms = (
             dict(state.get(key, {})) for key in ("initial_squares", "left", "start")
@@ -237,7 +242,7 @@ class L2NormMonitor(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have totals ready for callbacks that monitor them, also within the first accumulation window."""
         if self._fit is not None and self._fit.step is not None and "l2_norm/total" not in trainer.callback_metrics:
-            self._send(trainer, {}, self._fit.peek())
+            self._send(trainer, {}, self._offer(self._fit.peek(), is_logged=False))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the model."""
@@ -257,6 +262,7 @@ class L2NormMonitor(Callback):
         step, metrics, histograms, alarms = tracker.observe()
         raised = {f"norm_alarm/{kind}/{layer}": 1.0 for kind, layer, _ in alarms}
         totals = {key: value for key, value in metrics.items() if key.endswith("/total")}
+        totals = self._offer(totals, is_logged=tracker.is_logged)
         self._send(trainer, (metrics if tracker.is_logged else {}) | raised, totals, step)
         for logger in filter(takes_histograms, trainer.loggers if histograms else ()):
             for key, histogram in histograms.items():
@@ -266,7 +272,7 @@ class L2NormMonitor(Callback):
     def _send(
         self, trainer: pl.Trainer, metrics: dict[str, float], totals: dict[str, float], step: int | None = None
     ) -> None:
-        shown = {key: totals[key] for key in _SHOWN} if self.options.prog_bar else {}
+        shown = {key: totals[key] for key in _SHOWN if key in totals} if self.options.prog_bar else {}
         log_metrics(trainer, metrics, totals, step, shown)
 
     def _release(self) -> None:

@@ -18,10 +18,11 @@ from lightning_l2.rules.assign import assign_rules, resolve_rules, rules_by_para
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule, check_weight_decay
 from lightning_l2.sharding import flat_shards
-from lightning_l2.trainer.callback import Callback, IdleWatch
+from lightning_l2.trainer.callback import IdleWatch
 from lightning_l2.trainer.clock import ends_step, is_first_batch_of_step
 from lightning_l2.trainer.length import training_setup
 from lightning_l2.trainer.logging import is_logging_step, log_metrics
+from lightning_l2.trainer.monitored import MonitoredCallback
 from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
 from lightning_l2.trainer.restoring import before_restoring
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class L2Penalty(Callback):
+class L2Penalty(MonitoredCallback):
     r"""Train on $J(w) + \frac{\lambda}{2} \lVert w \rVert_2^2$, whatever the optimizer does with `weight_decay`.
 
     Or on $J(w) + \frac{\lambda}{2} \lVert w - w_0 \rVert_2^2$, with the weights $w_0$ that training began with.
@@ -82,6 +83,7 @@ class L2Penalty(Callback):
         log_objective: bool = False,
         every_n_steps: int | None = None,
     ) -> None:
+        super().__init__()
         self.rules = resolve_rules(rules)
         check_types(L2Penalty, locals() | {"rules": self.rules})
         if not isinstance(weight_decay, Conversion):
@@ -103,6 +105,7 @@ class L2Penalty(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See the weights that training begins with, before a checkpoint is loaded."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self._release()
@@ -135,6 +138,7 @@ class L2Penalty(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide on every parameter; lazy ones have to wait for their shape."""
+        super().on_train_start(trainer, pl_module)
         self._idle = IdleWatch(trainer)
         optimizers = optimizers_in_use(trainer)
         follow = partial(self._follow, trainer, pl_module)
@@ -178,13 +182,27 @@ class L2Penalty(Callback):
         if self._fit is None:
             return
         self._idle.count(trainer, batch)
+        if self._fit.is_decided and not self._fit.is_told:
+            # Not earlier: every callback may write to the groups when training starts, or decide on lazy layers late.
+            self._fit.is_told = True
+            _warn_of_double_decay(self._fit.objective.decayed_twice())
         if not self._fit.objective.is_measured:
             return
         if self.log_objective and isinstance(outputs, dict) and outputs.get("loss") is not None:
             self._fit.objective.add_loss(outputs["loss"])
         if ends_step(trainer):
-            metrics = self._fit.objective.metrics()
-            log_metrics(trainer, metrics if is_logging_step(trainer, self.every_n_steps) else {}, monitor=metrics)
+            metrics, is_logged = self._fit.objective.metrics(), is_logging_step(trainer, self.every_n_steps)
+            log_metrics(trainer, metrics if is_logged else {}, monitor=self._offer(metrics, is_logged=is_logged))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have values ready for callbacks that monitor them, also within the first accumulation window."""
+        if (
+            self._fit is not None
+            and self._fit.objective.is_measured
+            and "l2_penalty/loss" not in trainer.callback_metrics
+        ):
+            metrics = self._fit.objective.peek(trainer.accumulate_grad_batches)
+            log_metrics(trainer, {}, monitor=self._offer(metrics, is_logged=False))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notice that nothing of it acted."""
@@ -203,13 +221,16 @@ class L2Penalty(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the norms of the start, to tell it from another one."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._start_norms:
-            checkpoint.setdefault("callbacks", {})[self.state_key] = {"start": dict(self._start_norms)}
+            state = checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})
+            state["start"] = dict(self._start_norms)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the norms of the start."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._restored_norms = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("start", {}))
         if self._start is not None:
             self._start.resume()
@@ -269,8 +290,6 @@ class L2Penalty(Callback):
             return
         fit.steps += 1
         if fit.steps == 1:
-            # Not earlier: every callback may write to the groups when training starts.
-            _warn_of_double_decay(fit.objective.decayed_twice())
             self._check_schedule(optimizers_in_use(trainer))
         if is_logging_step(trainer, self.every_n_steps) or (fit.steps == 1 and self.every_n_steps != 0):
             fit.objective.measure()
@@ -297,6 +316,7 @@ class _Fit:
 
     objective: L2Objective
     is_decided: bool = False
+    is_told: bool = False
     steps: int = 0
     groups: tuple[int, ...] = ()
 

@@ -18,9 +18,10 @@ from lightning_l2.rules.assign import assign_rules, resolve_rules
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule
 from lightning_l2.sharding import flat_shards
-from lightning_l2.trainer.callback import Callback, IdleWatch
+from lightning_l2.trainer.callback import IdleWatch
 from lightning_l2.trainer.clock import ends_step
 from lightning_l2.trainer.logging import is_logging_step, log_metrics
+from lightning_l2.trainer.monitored import MonitoredCallback
 from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class NormConstraint(Callback):
+class NormConstraint(MonitoredCallback):
     r"""Hold L2 norms of weights below a bound, by projection or by an augmented Lagrangian, or exactly on a sphere.
 
     It acts right after each step of an optimizer, on the parameters of that optimizer, however the step was made. With
@@ -108,6 +109,7 @@ class NormConstraint(Callback):
         log_each: bool = False,
         name: str = "norm_constraint",
     ) -> None:
+        super().__init__()
         self.rules = resolve_rules(rules)
         check_types(NormConstraint, locals() | {"rules": self.rules})
         check_at_least(0, every_n_steps=every_n_steps)
@@ -139,6 +141,7 @@ class NormConstraint(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; here, since states are restored after it."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._release()
             self._memory, self._has_logged = {}, False
@@ -183,7 +186,13 @@ class NormConstraint(Callback):
             self._has_logged = True
             extremes, each = self._fit.metrics(self.name)
             shown = {**extremes, **(each if self.log_each else {})}
-            log_metrics(trainer, shown if logged else {}, monitor=extremes)
+            log_metrics(trainer, shown if logged else {}, monitor=self._offer(extremes, is_logged=logged))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have values ready for callbacks that monitor them, also within the first accumulation window."""
+        if self._fit is not None and not self._has_logged and self.every_n_steps != 0:
+            extremes, _ = self._fit.metrics(self.name, before_step=True)
+            log_metrics(trainer, {}, monitor=self._offer(extremes, is_logged=False))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notice that nothing of it acted, or that it came to do harm."""

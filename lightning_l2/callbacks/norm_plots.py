@@ -159,5 +159,5 @@ def _send(trainer: pl.Trainer, name: str, figure: Figure, path: Path) -> None:
     for logger in loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[str(path)])
-        elif hasattr(logger.experiment, "add_figure"):
+        elif hasattr(getattr(logger, "experiment", None), "add_figure"):
             logger.experiment.add_figure(name, figure, global_step=trainer.global_step, close=False)

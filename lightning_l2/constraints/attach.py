@@ -145,14 +145,18 @@ class AttachedConstraint(StepHook):
         return ["bound", "slack", *([self._method.quantity] if self._method.quantity else [])]
 
     @torch.no_grad()
-    def readout(self) -> Tensor | None:
+    def readout(self, *, before_step: bool = False) -> Tensor | None:
         """Return bounds, slacks and what else the method remembers of the last step, as rows of one entry a label.
 
         A slack is the bound minus the norm between the optimizer's step and the constraint, the smallest one of rows.
+
+        Args:
+            before_step: Whether to return those of the weights as they are, where no step was made yet.
         """
-        if self._last is None or self._held is None:
+        if self._held is None or not self._held.labels or not (before_step or self._last):
             return None
-        vectors, (state, squares) = self._held.vectors, self._last
+        vectors = self._held.vectors
+        state, squares = self._last or (self._held.state, vectors.squares())
         bounds = self._bound.bounds(state, vectors.sizes)
         bounds = torch.as_tensor(bounds, dtype=squares.dtype, device=squares.device).expand_as(squares)
         table = torch.stack([bounds, bounds - squares.sqrt()])
@@ -267,9 +271,11 @@ class AttachedConstraints:
         """Leave the optimizers alone."""
         self._constraints.remove()
 
-    def metrics(self, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
+    def metrics(self, prefix: str, *, before_step: bool = False) -> tuple[dict[str, float], dict[str, float]]:
         """Return the extremes and the values of each vector, by logged key, in one transfer."""
-        read = [(one, table) for one in self._constraints if (table := one.readout()) is not None]
+        read = [
+            (one, table) for one in self._constraints if (table := one.readout(before_step=before_step)) is not None
+        ]
         if not read:
             return {}, {}
         labels = [label for one, _ in read for label in one.labels]

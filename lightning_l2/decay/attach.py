@@ -221,7 +221,7 @@ def check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR = None) -> 
     """Check what `attach_decay` will read from the groups, again where they have changed since.
 
     Raises:
-        ValueError: If the learning rates or the lambdas don't go with `apply`.
+        ValueError: If the learning rates don't go with `apply`.
     """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     needs_lr = apply in ("decoupled", "cautious") or peak_lr is not None
@@ -232,10 +232,4 @@ def check_groups(optimizer: Optimizer, apply: Apply, peak_lr: PeakLR = None) -> 
     if peak_lr == "initial" and any(is_zero(peak_of(group, peak_lr)) for group in groups):
         raise ValueError(
             f"peak_lr='initial' finds no learning rate above 0 in a group of {name}. Give the peak as a number."
-        )
-    largest = max((group.weight_decay for group in decay_groups(optimizer).unnamed()), default=0.0)
-    if apply == "independent" and largest > 1:
-        raise ValueError(
-            f"apply='independent' scales weights by 1 - weight_decay each step, got weight_decay={largest}. "
-            "Give a value of at most 1; without the factor lr it is usually 1e-6 to 1e-3."
         )

@@ -243,6 +243,8 @@ class RuleDecay:
         attached = self._attach(optimizer)
         if isinstance(attached, Way):
             attached.see_starts()
+        if isinstance(attached, OnWeights):
+            attached.has_begun = self._resuming.has_restored
         return attached
 
     def _decide(self, number: int, optimizer: Optimizer) -> None:

@@ -157,7 +157,20 @@ class L2Objective:
         Raises:
             RuntimeError: If nothing was measured.
         """
-        measured, self._measured = self._measured, None
+        metrics = self.peek()
+        self._measured = None
+        return metrics
+
+    def peek(self, batches: int = 0) -> dict[str, float]:
+        """Return the same of a step that is under way, which goes on.
+
+        Args:
+            batches: How many parts its loss will have, each about as large as those so far; 0 where it has them all.
+
+        Raises:
+            RuntimeError: If nothing was measured.
+        """
+        measured = self._measured
         if measured is None:
             raise RuntimeError("L2Objective has nothing to report. Call `measure()` first, before the step.")
         count = len(measured.in_force)
@@ -172,7 +185,8 @@ class L2Objective:
         if len(rules) > 1:
             metrics |= {f"l2_penalty/loss/{rule}": value for rule, value in rules.items()}
         if measured.losses:
-            metrics["l2_penalty/objective"] = sum(numbers[count:]) + total
+            parts = len(measured.losses)
+            metrics["l2_penalty/objective"] = sum(numbers[count:]) * ((batches or parts) / parts) + total
         return metrics
 
     def decayed_twice(self) -> list[str]:

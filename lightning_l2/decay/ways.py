@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_l2.decay.arithmetic import (
@@ -234,6 +235,9 @@ class OnWeights(Way):
     def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR) -> None:
         super().__init__(optimizer, apply, peak_lr)
         self.rounding: Accumulate | Stochastic | None = None
+        # whether a step was made before, perhaps in the training that this one resumes
+        self.has_begun = False
+        self._is_told = False
 
     @property
     def rounds_away(self) -> bool:  # type: ignore[override]
@@ -243,7 +247,31 @@ class OnWeights(Way):
     def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
         """Return the share of the weights that a step takes of a group, of the ones that decay if only some do."""
         value = group.weight_decay if weight_decay is None else weight_decay
-        return self._factor(group.parent, lr) * number(value)
+        return self._limited(self._factor(group.parent, lr) * number(value))
+
+    def before_update(self) -> None:
+        """Refuse an `independent` lambda above 1, at which a schedule arrives only after the first step."""
+        if self.apply != "independent" or self._is_told:
+            return
+        lambdas = [number(group.weight_decay) for group in self.groups.unnamed()]
+        largest = max((value for value in lambdas if isinstance(value, float)), default=0.0)
+        if largest > 1 and not self.has_begun:
+            raise ValueError(
+                f"apply='independent' scales weights by 1 - weight_decay each step, got weight_decay={largest:g}. "
+                "Give a value of at most 1; without the factor lr it is usually 1e-6 to 1e-3."
+            )
+        self.has_begun = True
+        if largest > 1:
+            self._is_told = True
+            rank_zero_warn(
+                f"The schedule has driven lambda to {largest:g}, and apply='independent' scales weights by 1 - lambda "
+                "each step: no step takes more than all of them. Give a smaller base, or another schedule."
+            )
+
+    def _limited(self, share: Share) -> Share:
+        if self.apply != "independent":
+            return share
+        return share.clamp(max=1.0) if isinstance(share, torch.Tensor) else min(share, 1.0)
 
     @property
     def _stochastic(self) -> Stochastic | None:
@@ -261,7 +289,7 @@ class OnWeights(Way):
                 parent, factor = group.parent, self._factor(group.parent)
                 factor = factor if found_inf is None else (found_inf == 0) * factor
             value = group.weight_decay
-            shares.append(factor * (value if type(value) is float else number(value)))
+            shares.append(self._limited(factor * (value if type(value) is float else number(value))))
         if isinstance(self.rounding, Accumulate):
             return self.rounding.due(shares)
         return [(group.params, share) for group, share in zip(groups, shares, strict=True)]
@@ -286,6 +314,7 @@ class Scaled(OnWeights):
 
     def before_update(self) -> None:
         """Scale."""
+        super().before_update()
         if not self._moved:
             self.after_update()
 
@@ -315,6 +344,7 @@ class Compared(OnWeights):
 
     def before_update(self) -> None:
         """Copy what was not copied at the start: nothing yet, or lazy parameters, whose own start this is."""
+        super().before_update()
         self.see_starts()
         if not self._is_complete:
             self._copy(with_gradient)

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_l2.adaptive import AdaptiveDecay
 from lightning_l2.callbacks.l2_penalty import L2Penalty
 from lightning_l2.callbacks.weight_decay import WeightDecay
 from lightning_l2.callbacks.weight_decay_scheduler import WeightDecayScheduler
@@ -657,6 +659,51 @@ def test_no_warning_where_rules_keep_them_apart() -> None:
     callbacks = [WeightDecay(0.1, rules=[rest, "default"], summary=False), L2Penalty(LAMBDA, rules=[head, "default"])]
     fit(seeded(), *callbacks)
     fit(seeded(), *reversed(callbacks))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["penalty first", "decay first"])
+@pytest.mark.parametrize("twice", [False, True], ids=["apart", "twice"])
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_layers_are_told_of_once_all_have_decided(twice: bool, order: int) -> None:
+    class Lazy(Regression):
+        def __init__(self) -> None:
+            super().__init__(lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.1))
+            self.hidden = nn.LazyLinear(4, dtype=torch.float64)
+
+    def rules(name: str) -> list[DecayRule]:
+        return [DecayRule(name, pattern=rf"^{name}\.weight"), DecayRule("others", weight_decay=0.0)]
+
+    decay = WeightDecay(rules=rules("hidden" if twice else "head"), summary=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(Lazy(), *[L2Penalty(LAMBDA, rules=rules("hidden")), decay][::order])
+    texts = [str(one.message) for one in told if "L2Penalty" in str(one.message)]
+    assert [text.split(", such as ")[0] for text in texts] == twice * [
+        "L2Penalty penalises 1 parameters that their optimizer decays as well"
+    ]
+
+
+def test_it_follows_an_adaptive_schedule_where_nothing_decays_by_itself() -> None:
+    """Its multiplier is the ratio of the norms of the loss's gradient and of the weights, exempt ones included."""
+    rows = Rows()
+    module, recorder = seeded(), GradientRatio()
+    scheduler = WeightDecayScheduler(AdaptiveDecay(smoothing=0.0))
+    fit(module, L2Penalty(LAMBDA, follow_schedule=True), scheduler, recorder, logger=rows, log_every_n_steps=1)
+    assert list(rows.of("l2_penalty/loss").values()) == pytest.approx(recorder.penalties, rel=1e-9)
+    assert min(recorder.penalties) > 0
+
+
+class GradientRatio(pl.Callback):
+    """Notes the penalty with lambda times |g| / |w|."""
+
+    def __init__(self) -> None:
+        self.penalties: list[float] = []
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+        gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
+        squares = sum(p.detach().square().sum() for p in (module.hidden.weight, module.head.weight))
+        self.penalties.append(float(gradients.norm() / weights.norm() * LAMBDA / 2 * squares))
 
 
 def test_a_second_fit_copies_and_pickles() -> None:

@@ -86,6 +86,19 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path) -> None:
     assert pictures(tmp_path) == expected
 
 
+def test_a_logger_without_an_experiment_is_passed_over(tmp_path) -> None:
+    class Own(Logger):
+        name = version = "own"
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+        def log_metrics(self, *_: Any, **__: Any) -> None: ...
+
+    logger = [Own(), CSVLogger(tmp_path)]
+    make_trainer(monitored(NormPlots()), logger=logger, log_every_n_steps=1).fit(LoggedNet(), data())
+    assert pictures(tmp_path) >= ALWAYS
+
+
 def test_pictures_go_where_they_are_told_to(tmp_path) -> None:
     callbacks = [NormPlots(dirpath=str(tmp_path / "new" / "pictures")), L2NormMonitor(per="total")]
     make_trainer(callbacks, logger=CSVLogger(tmp_path / "logs"), log_every_n_steps=1).fit(Net(), data())

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2.decay import attach_decay
 from lightning_l2.optimizers.step_hook import gradients_are_complete
+from lightning_l2.param_groups.decay_groups import decay_groups
 from tests.helpers import ACCELERATOR
 
 LAMBDA = 0.3
@@ -962,10 +963,38 @@ def test_a_peak_of_zero_is_refused() -> None:
         attach_decay(optimizer, "independent", peak_lr="initial")
 
 
-def test_independent_decay_of_more_than_everything_is_refused() -> None:
-    optimizer = torch.optim.SGD([weight()], lr=0.1, weight_decay=1.5)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adafactor])
+def test_independent_decay_of_more_than_everything_is_refused_before_it_moves(make: Any) -> None:
+    w = weight()
+    start = w.detach().clone()
+    w.grad = torch.ones_like(w)
+    optimizer = make([w], lr=0.1, weight_decay=1.5)
+    attach_decay(optimizer, "independent")
     with pytest.raises(ValueError, match=r"got weight_decay=1.5. Give a value of at most 1"):
-        attach_decay(optimizer, "independent")
+        optimizer.step()
+    assert torch.equal(w, start)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1.5]
+
+
+def test_independent_decay_that_a_schedule_drives_above_everything_is_told_once_and_takes_no_more() -> None:
+    w = weight()
+    start = w.detach().clone()
+    optimizer = torch.optim.SGD([w], lr=0.1, weight_decay=0.5)
+    way = attach_decay(optimizer, "independent")
+    (group,) = decay_groups(optimizer).groups
+
+    def step(multiplier: float) -> None:
+        decay_groups(optimizer).multiply(multiplier)
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+
+    step(1.0)
+    torch.testing.assert_close(w.detach(), start / 2)
+    with pytest.warns(UserWarning, match=r"has driven lambda to 3, and apply='independent' scales weights by 1 - lam"):
+        step(6.0)
+    assert way.share(group) == 1.0
+    assert not w.any()
+    step(8.0)
 
 
 def test_an_optimizer_without_hooks_is_refused() -> None:

@@ -189,7 +189,6 @@ def test_a_checkpoints_lambda(on_resume: Any, base: float) -> None:
             r"Rprop has no .* to keep, which rule 'decay' goes by\. Give WeightDecay a `weight_decay`, or the rule one",
         ),
         (torch.optim.SGD, {"apply": "sideways"}, ValueError, r"Unknown apply='sideways'"),
-        (torch.optim.SGD, {"apply": "independent", "weight_decay": 2.0}, ValueError, r"got weight_decay=2.0"),
         (torch.optim.SGD, {"rules": [DecayRule("x", pattern="none"), "default"]}, ValueError, r"Rule 'x' matched no"),
     ],
 )
