@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -12,8 +13,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_l2.extras import brought_by
@@ -27,36 +31,43 @@ log = logging.getLogger(__name__)
 VARIABLE = "LIGHTNING_L2_TRAINING"
 WAIT_SECONDS = 30.0
 DONE = "nothing is left to train"
+_searches = itertools.count()
 
 
 def search_on_all_ranks(fit: Fit, plan: SearchPlan, **options: Any) -> SearchResult:
     """Run a search on rank 0 and its trainings on all ranks; return the result on all of them.
 
-    A Trainer starts the script once more for each further rank when it trains for the first time. Those processes
-    come here too; they learn their first training from an environment variable and the others from rank 0 itself.
+    A Trainer connects the processes in the first training. What that is, those that it starts itself learn from an
+    environment variable and those that a launcher started from a store of torch at the master's address; all others
+    come from rank 0 through the process group.
 
     Args:
         fit: Does one training, on all ranks together.
         plan: What to search.
         options: Those of `run_search`.
+
+    Raises:
+        MisconfigurationException: If rank 0 can't be heard.
     """
     with brought_by("search", "A search for weight decay needs"):
         import optuna  # noqa: F401
         import scipy  # type: ignore[import-untyped]  # noqa: F401  for Optuna's pruner
     from lightning_l2.search.study import load_result, run_search
 
-    store = None if _is_connected() else _store()
-    if not is_first_rank():
-        first = _hear() if _is_connected() else _first(store)
-        return load_result(plan, options["storage"], options["name"]) if first == DONE else _follow(fit, first)
+    search = next(_searches)
+    first = None if _is_connected() else _inherited(search)
+    board = None if _is_connected() or first else _board(search)
 
     def led(run: TrialRun) -> Outcome:
-        _tell(replace(run, report=never), store)
+        _tell(replace(run, report=never), search, board)
         return fit(run)
 
+    if not is_first_rank():
+        first = first or (_hear() if _is_connected() else _read(board, search))
+        return load_result(plan, options["storage"], options["name"]) if first == DONE else _follow(fit, first)
     try:
         result = run_search(led, plan, while_waiting=_say_wait(), **options)
-        _tell(result, store)
+        _tell(result, search, board)
         return result
     finally:
         os.environ.pop(VARIABLE, None)
@@ -64,8 +75,9 @@ def search_on_all_ranks(fit: Fit, plan: SearchPlan, **options: Any) -> SearchRes
 
 def is_first_rank() -> bool:
     """Return whether this process searches; the others of a distributed training follow it."""
-    # Lightning keeps it on a function, from the environment of whatever started the process.
-    return getattr(rank_zero_only, "rank", 0) == 0
+    # Lightning keeps it on a function, from the environment of whatever started the process. Until a Trainer is made
+    # it leaves out the number of the machine, all that there is where one command was given on each of them.
+    return getattr(rank_zero_only, "rank", 0) == 0 and LightningEnvironment().node_rank() == 0
 
 
 def _follow(fit: Fit, message: Any) -> SearchResult:
@@ -87,24 +99,37 @@ def _train_all(fit: Fit, message: Any) -> SearchResult:
     return message
 
 
-def _tell(message: TrialRun | SearchResult | None, store: Any = None) -> None:
+def _tell(message: TrialRun | SearchResult | None, search: int = 0, board: Board | None = None) -> None:
     if _is_connected():
         dist.broadcast_object_list([message], src=0)
     elif isinstance(message, TrialRun):
         names = ("weight_decay", "seed", "trial", "only_looks")
-        text = json.dumps({**{name: getattr(message, name) for name in names}, "others": dict(message.others)})
-        os.environ[VARIABLE] = text
-        if store is not None:
-            store.set(VARIABLE, text)
-    elif store is not None and isinstance(message, SearchResult):
-        store.set(VARIABLE, json.dumps(DONE))
+        values = {**{name: getattr(message, name) for name in names}, "others": dict(message.others)}
+        os.environ[VARIABLE] = json.dumps([search, values])
+        if board is not None:
+            board.write(os.environ[VARIABLE])
+    elif board is not None and isinstance(message, SearchResult):
+        board.write(json.dumps([search, None]))
+        board.wait_for_readers()
 
 
-def _first(store: Any) -> Any:
-    if store is not None:
-        store.wait([VARIABLE], timedelta(days=1))
-    values = json.loads(os.environ[VARIABLE] if store is None else store.get(VARIABLE))
-    return values if values == DONE else TrialRun(**values)
+def _inherited(search: int) -> Any:
+    """Return the first training of a search as it is in the environment; nothing where there is none."""
+    number, values = json.loads(os.environ.get(VARIABLE, "[-1, null]"))
+    if number < search:
+        return None
+    # A process that was started for a later search begins with those before it, which have ended.
+    return DONE if number > search or values is None else TrialRun(**values)
+
+
+def _read(board: Board | None, search: int) -> Any:
+    if board is None:
+        raise MisconfigurationException(
+            "Expected `MASTER_ADDR` and `MASTER_PORT` to be where rank 0 of this search is, got neither in a process "
+            "with a rank above 0. Set them in all processes, or unset RANK, LOCAL_RANK and NODE_RANK to search alone."
+        )
+    os.environ[VARIABLE] = board.read()  # also for those that a Trainer starts on this machine
+    return _inherited(search)
 
 
 def _hear() -> Any:
@@ -130,15 +155,53 @@ def _is_connected() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _store() -> Any:
-    """Return what processes share that torchrun or SLURM started, before a Trainer has connected them; else None."""
-    for environment in (TorchElasticEnvironment, SLURMEnvironment):
-        if environment.detect() and environment().world_size() > 1:
-            cluster = environment()
-            # torchrun has a store of its own at that port; elsewhere the Trainer will need the port.
-            there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            port = cluster.main_port + (not there)
-            is_master = not there and cluster.global_rank() == 0
-            distributed: Any = dist
-            return distributed.TCPStore(cluster.main_address, port, is_master=is_master, wait_for_workers=False)
+class Board:
+    """Where rank 0 writes the first training for processes that a launcher started: a store of torch.
+
+    Args:
+        address: Name of the machine of rank 0.
+        port: The port at which the processes will meet for the process group too.
+        readers: How many other processes there are, 0 where that isn't known.
+        search: Number of the search in this process.
+    """
+
+    def __init__(self, address: str, port: int, readers: int, search: int) -> None:
+        # torchrun has a store at that port; the process group shares the one that rank 0 opens here.
+        opens = is_first_rank() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        distributed: Any = dist
+        store = distributed.TCPStore(address, port, is_master=opens, wait_for_workers=False, multi_tenant=True)
+        # torchrun's store outlives a failure, after which it starts all processes once more.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = distributed.PrefixStore(f"{VARIABLE}/{attempt}/{search}", store)
+        self._readers = readers
+
+    def write(self, text: str) -> None:
+        """Put a text in the place of the one before."""
+        self._store.set("text", text)
+
+    def read(self) -> str:
+        """Wait for a text and return it."""
+        self._store.wait(["text"], timedelta(days=1))
+        text: str = self._store.get("text").decode()
+        if self._store.add("readers", 1) == self._readers:
+            self._store.set("all", "")
+        return text
+
+    def wait_for_readers(self) -> None:
+        """Wait until all others have read, who would find nothing once this process has ended."""
+        if self._readers > 0:
+            self._store.wait(["all"], timedelta(minutes=5))
+
+
+def _board(search: int) -> Board | None:
+    """Return the board of processes that a launcher started, None for a process alone."""
+    variables = os.environ.keys()
+    if variables & {"RANK", "LOCAL_RANK", "NODE_RANK"} and variables >= {"MASTER_ADDR", "MASTER_PORT"}:
+        world = int(os.environ.get("WORLD_SIZE", 0))
+        # With the number of the machine alone, a Trainer starts the others on it, and only if there is a training.
+        readers = world - 1 if variables & {"RANK", "LOCAL_RANK"} else 0
+        return None if world == 1 else Board(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), readers, search)
+    for environment in (SLURMEnvironment, LSFEnvironment, MPIEnvironment):
+        if environment.detect() and (cluster := environment()).world_size() > 1:
+            return Board(cluster.main_address, cluster.main_port, cluster.world_size() - 1, search)
     return None

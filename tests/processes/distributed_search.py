@@ -1,11 +1,12 @@
 """Searches whose trainings run on two processes, started as a script: the Trainer starts it again for rank 1.
 
 Usage: python distributed_search.py FOLDER STRATEGY ... One search after the other, the first of which connects the
-processes. Every rank writes what it got to FOLDER/rank.
+processes; with STRATEGY formula nothing is trained. Every rank writes what it got to FOLDER/rank.
 """
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.search import search_weight_decay
 from tests.processes.worker import strategy_of
+
+# Where each process is started as if it were a machine.
+NODES = int(os.environ.get("LIGHTNING_L2_NODES", "1"))
 
 
 class Net(pl.LightningModule):
@@ -48,7 +52,8 @@ def make(weight_decay: float, strategy: str = "ddp") -> tuple[Any, ...]:
         callbacks=[WeightDecay(weight_decay, summary=False), L2NormMonitor(every_n_steps=1)],
         max_epochs=2,
         accelerator="cpu",
-        devices=2,
+        devices=2 // NODES,
+        num_nodes=NODES,
         strategy=strategy_of(strategy),
         logger=False,
         enable_checkpointing=False,
@@ -59,14 +64,11 @@ def make(weight_decay: float, strategy: str = "ddp") -> tuple[Any, ...]:
 
 
 def search(folder: Path, strategy: str) -> dict[str, Any]:
-    result = search_weight_decay(
-        functools.partial(make, strategy=strategy),
-        trials=3,
-        seeds=2,
-        progress=False,
-        storage=folder / "study.db",
-        name=strategy,
-    )
+    options: dict[str, Any] = {"trials": 3, "seeds": 2, "progress": False, "storage": folder / "study.db"}
+    if strategy == "formula":
+        found = search_weight_decay(fit=lambda run: 1 + run.weight_decay, low=0.1, high=1.0, name=strategy, **options)
+        return {"search": [trial.weight_decay for trial in found.trials]}
+    result = search_weight_decay(functools.partial(make, strategy=strategy), name=strategy, **options)
     monitored = ("val_loss", "l2_norm/total")
     values = [
         [trial.weight_decay, *(run.metrics[name] for name in monitored for run in trial.runs), trial.l2_norm]
