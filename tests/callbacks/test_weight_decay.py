@@ -330,7 +330,7 @@ def test_an_empty_group_of_the_users_trains() -> None:
             Net(lambda p: torch.optim.Rprop(p)),
             WeightDecay(apply="decoupled"),
             MisconfigurationException,
-            r"Rprop has no weight decay of its own to keep. Give WeightDecay a `weight_decay`",
+            r"Rprop has no weight decay of its own to keep, which rule 'decay' goes by. Give WeightDecay a",
         ),
         (
             Net(),

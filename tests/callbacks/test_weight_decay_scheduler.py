@@ -208,7 +208,7 @@ def test_adaptive_decay_runs_under_a_trainer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"schedule": 0.1}, TypeError, r"`schedule` to be Schedule \| FeedbackSchedule, but got 0.1"),
+        ({"schedule": 0.1}, TypeError, r"Expected `schedule` to be one of `lightning_l2.schedules` or .*, got 0.1"),
         ({"schedule": ConstantSchedule(), "interval": "batch"}, ValueError, r"'step' or 'epoch', got 'batch'"),
         (
             {"schedule": ConstantSchedule(), "values": "lambda"},

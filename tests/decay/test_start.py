@@ -438,5 +438,5 @@ def test_misuse_of_a_way(apply: str) -> None:
     ):
         attached(model, Mine(model.parameters(), lr=0.1, weight_decay=0.1), apply="optimizer")
     attached(model, Mine(model.parameters(), lr=0.1), 0.1, apply=apply).remove()
-    with pytest.raises(ValueError, match=r"Rule 'r': towards must be 'zero', 'start' or None, got 'begin'"):
+    with pytest.raises(ValueError, match=r"Expected `towards` to be None, 'zero' or 'start', got 'begin'"):
         DecayRule("r", towards="begin")  # type: ignore[arg-type]
