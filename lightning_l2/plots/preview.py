@@ -101,7 +101,22 @@ def _draw(files: Sequence[Path]) -> Figure:
         steps=None if by_epoch else _length(total, max_steps),
         epochs=_length(total, max_epochs) if by_epoch else _length(max_epochs),
         per_epoch=by_epoch,
+        lr=_peak(settings, _callback(trainer, "WeightDecay")),
     )
+
+
+def _peak(settings: Mapping[str, Any], decay: Mapping[str, Any]) -> float | None:
+    """Return what lambda is multiplied with in a step, at most, as far as the configuration tells."""
+    optimizer = _section(settings, "optimizer")
+    options, name = _section(optimizer, "init_args"), str(optimizer.get("class_path")).rpartition(".")[2]
+    apply, lr = decay.get("apply", "optimizer"), options.get("lr")
+    if apply == "independent":
+        return 1.0
+    if not isinstance(lr, int | float):
+        return None
+    if apply in ("decoupled", "cautious") or (apply == "optimizer" and name in ("AdamW", "Adafactor", "Muon")):
+        return float(lr)
+    return lr / (1 - options.get("momentum", 0.0)) if name == "SGD" else None
 
 
 def _groups(settings: Mapping[str, Any], trainer: Mapping[str, Any], absolute: bool) -> dict[str, float] | None:

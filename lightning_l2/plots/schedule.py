@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_l2.arguments import check_at_least
@@ -24,8 +25,11 @@ def plot_schedule(
     steps: int | None = None,
     epochs: int | None = None,
     per_epoch: bool = False,
+    lr: float | None = None,
 ) -> Figure:
-    """Draw a schedule before any training, as it acts on each group.
+    r"""Draw a schedule before any training, as it acts on each group, and what decay will leave of the weights.
+
+    With the peak $\eta$ of the learning rate, decay leaves at least $\prod_t (1 - \eta \lambda_t)$.
 
     Args:
         schedule: A function of progress, 0 at the first optimizer step and 1 at the last one.
@@ -33,6 +37,8 @@ def plot_schedule(
         steps: Length of the training in optimizer steps, for the horizontal axis.
         epochs: Length of the training in epochs, for the horizontal axis where `steps` is not given.
         per_epoch: Hold the value within an epoch, as `WeightDecayScheduler(interval="epoch")` does; needs `epochs`.
+        lr: Peak of the learning rate, or what else lambda is multiplied with in a step, to draw what decay leaves; with
+            `weight_decay` and `steps`.
 
     Returns:
         The figure.
@@ -59,7 +65,8 @@ def plot_schedule(
     multipliers = [schedule(point) for point in progress]
     groups = {"multiplier": 1.0} if weight_decay is None else weight_decay
     curves = {name: (at, [base * multiplier for multiplier in multipliers]) for name, base in groups.items()}
-    figure, (axes,) = stacked_axes([2.6])
+    shows_left = lr is not None and steps is not None and weight_decay is not None
+    figure, (axes, *below) = stacked_axes([2.6, 1.8] if shows_left else [2.6])
     from matplotlib.ticker import AutoLocator
 
     words = ("Multiplier of weight decay", "multiplier") if weight_decay is None else ("Weight decay", "λ")
@@ -69,7 +76,20 @@ def plot_schedule(
         axes.xaxis.set_major_locator(AutoLocator())
     draw_curves(axes, curves)
     fit_scale(axes, curves)
+    if below and lr is not None and steps is not None:
+        style_axes(below[0], f"Left of the weights by decay alone, at least (peak lr {lr:g})", "share")
+        draw_curves(below[0], {name: (at, _left(lambdas, lr, steps)) for name, (_, lambdas) in curves.items()})
+        below[0].set_ylim(-0.04, 1.06)
+        below[0].set_xlabel(unit)
     return figure
+
+
+def _left(lambdas: Sequence[float], lr: float, steps: int) -> list[float]:
+    """Return what decay leaves up to each of the points of a schedule over so many steps."""
+    logs = [math.log1p(-min(lr * value, 1 - 1e-12)) for value in lambdas]
+    first, *rest = itertools.accumulate(logs)
+    # the points stand for the steps between them
+    return [math.exp((total - first / 2) * steps / len(lambdas)) for total in (first, *rest)]
 
 
 def _axis(steps: int | None, epochs: int | None) -> tuple[str, float]:
