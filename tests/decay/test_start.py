@@ -303,15 +303,18 @@ def test_resumed_in_a_bare_loop() -> None:
 def test_one_copy_of_what_is_pulled_and_nothing_else() -> None:
     """By the storages that are alive; while a checkpoint is waited for, one of every parameter."""
 
+    model, start = nn.Sequential(nn.Linear(301, 203), nn.Linear(203, 107)), Start()
+    matrices = sum(p.nbytes for p in model.parameters() if p.ndim > 1)
+    everything = sum(p.nbytes for p in model.parameters())
+    # sizes that nothing else has, of all that lives in a process with other tests
+    sizes = {p.nbytes for p in model.parameters()}
+
     def alive() -> int:
         gc.collect()
         tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
-        tensors = [one for one in tensors if one.layout == torch.strided]
-        return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+        storages = [one.untyped_storage() for one in tensors if one.layout == torch.strided]
+        return sum({one.data_ptr(): one.nbytes() for one in storages if one.nbytes() in sizes}.values())
 
-    model, start = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100)), Start()
-    matrices = sum(p.nbytes for p in model.parameters() if p.ndim > 1)
-    everything = sum(p.nbytes for p in model.parameters())
     before = alive()
     start.find(model)
     assert alive() - before == everything

@@ -283,7 +283,7 @@ class Digits(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
 
 
-@pytest.mark.filterwarnings("ignore:.*is (lost|distorted): 1 - eta")
+@pytest.mark.filterwarnings("ignore:Weight decay of group .* is (lost|distorted)")
 @pytest.mark.parametrize("bounds", [{}, {"low": 1e-9, "high": 1e-4}])
 def test_digits_where_lambda_hardly_acts(bounds: dict[str, float]) -> None:
     """AdamW(lr=1e-3) for 100 steps: lambda is found to matter or not to, and one that does nothing isn't suggested."""
