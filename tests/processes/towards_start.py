@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_l2 import L2Penalty, WeightDecay
-from tests.processes.worker import DECAYED, Net, Runner, main
+from tests.processes.worker import DECAYED, Net, Runner, find
 
 LAMBDA = 0.5
 OURS: dict[str, Callable[[], pl.Callback]] = {
@@ -65,25 +65,26 @@ class Elsewhere(pl.Callback):
             pl_module.head.weight.mul_(1.5)
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    runner = Runner(name, folder)
-    start = {name: p.detach().norm().item() for name, p in Net(adamw).named_parameters() if name in DECAYED}
-    if name == "single":
-        return {"start": start, **{way: runner.fit([ByHand(way)], adamw)[0] for way in OURS}}
-    found: dict[str, Any] = {}
-    for way, make in OURS.items():
-        runner.fit([make()], adamw, epochs=1, save=way)
-        callback = make()
-        resumed, trainer = runner.fit([callback], adamw, resume=way)
-        state: dict[str, Any] = {}
-        callback.on_save_checkpoint(trainer, trainer.lightning_module, state)
-        found[way] = {"whole": runner.fit([make()], adamw)[0], "resumed": resumed, "state": state["callbacks"]}
-        try:
-            runner.fit([Elsewhere(), make()], adamw, resume=way)
-        except RuntimeError as error:
-            found[way]["elsewhere"] = str(error)
+def start_norms(runner: Runner) -> dict[str, float]:
+    return {name: p.detach().norm().item() for name, p in Net(adamw).named_parameters() if name in DECAYED}
+
+
+def pulled(way: str, runner: Runner) -> dict[str, Any]:
+    if runner.name == "single":
+        return runner.fit([ByHand(way)], adamw)[0]
+    make = OURS[way]
+    runner.fit([make()], adamw, epochs=1, save=way)
+    callback = make()
+    resumed, trainer = runner.fit([callback], adamw, resume=way)
+    state: dict[str, Any] = {}
+    callback.on_save_checkpoint(trainer, trainer.lightning_module, state)
+    found = {"whole": runner.fit([make()], adamw)[0], "resumed": resumed, "state": state["callbacks"]}
+    try:
+        runner.fit([Elsewhere(), make()], adamw, resume=way)
+    except RuntimeError as error:
+        found["elsewhere"] = str(error)
     return found
 
 
-if __name__ == "__main__":
-    main(run, *sys.argv[1:])
+def job(rank: int, name: str, folder: Path) -> None:
+    find({"start": start_norms, **{way: partial(pulled, way) for way in OURS}}, rank, name, folder)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.processes import towards_start
 from tests.processes.towards_start import OURS
 from tests.strategies.test_strategies import Found, assert_equal, found_in
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return found_in(tmp_path_factory, "towards_start")
+    return found_in(tmp_path_factory, towards_start.job)
 
 
 @pytest.mark.parametrize("way", OURS)
