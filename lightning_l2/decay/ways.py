@@ -32,6 +32,8 @@ from lightning_l2.optimizers.facts import (
     own_share,
     own_way,
     reads_loss,
+    share_by,
+    shrinking_by,
     step_size,
     torch_class,
 )
@@ -102,24 +104,17 @@ class OptimizersOwn:
         self._groups.hold(self, "WeightDecay")
         self._groups.hide(in_step, self)
         self.apply, self.peak_lr = "optimizer", None
+        way: OwnWay | None = None
         if DECOUPLED_FLAG in in_step:
-            self.apply = "decoupled" if in_step[DECOUPLED_FLAG] else "coupled"
-
-    @property
-    def _way(self) -> OwnWay | None:
-        if self.apply == "optimizer":
-            return own_way(self._groups.optimizer)
-        return "decoupled" if self.apply == "decoupled" else "coupled"
-
-    @property
-    def rounds_away(self) -> bool:
-        """Whether decay that is too small for the number format of the weights does nothing."""
-        return self._way == "decoupled"
+            self.apply = way = "decoupled" if in_step[DECOUPLED_FLAG] else "coupled"
+        self._way = shrinking_by(optimizer, way)
+        # whether decay that is too small for the number format of the weights does nothing
+        self.rounds_away = (way or own_way(optimizer)) == "decoupled"
 
     def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
         """Return the share of the weights that a step takes of a group; see `own_share`."""
         value = group.weight_decay if weight_decay is None else weight_decay
-        return own_share(self._groups.optimizer, group.parent, value, lr, self._way)
+        return share_by(self._way, group.parent, value, lr)
 
     def remove(self) -> None:
         """Leave the optimizer as it was."""

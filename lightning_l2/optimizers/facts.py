@@ -84,14 +84,27 @@ def own_share(
     >>> own_share(sgd, sgd.param_groups[0], 0.5)
     0.1
     """
+    return share_by(shrinking_by(optimizer, way), group, weight_decay, lr)
+
+
+def shrinking_by(optimizer: Optimizer, way: Way | None = None) -> Way | None:
+    """Return the way of decay for which the share of a step is known, None if it isn't; to be asked once."""
     way = way or own_way(optimizer)
-    is_sgd = torch_class(optimizer) == "SGD"
-    if way is None or is_schedule_free(optimizer) or (way == "coupled" and not is_sgd):
+    is_known = way == "decoupled" or torch_class(optimizer) == "SGD"
+    return way if is_known and not is_schedule_free(optimizer) else None
+
+
+def share_by(way: Way | None, group: Mapping[str, Any], weight_decay: Any, lr: float | None = None) -> float | None:
+    """Return `own_share` for what `shrinking_by` returned; as often as every step, so it is to be cheap."""
+    if way is None:
         return None
-    share = number(group["lr"] if lr is None else lr) * number(weight_decay)
+    rate = group["lr"] if lr is None else lr
+    if type(rate) is not float or type(weight_decay) is not float:
+        rate, weight_decay = number(rate), number(weight_decay)
+    share = rate * weight_decay
     if way == "coupled" and group["momentum"]:
         share = share * (1 - group["dampening"]) / (1 - group["momentum"])
-    return share if isinstance(share, float) else None
+    return share if type(share) is float else None
 
 
 def has_decoupled_flag(optimizer: Optimizer) -> bool:

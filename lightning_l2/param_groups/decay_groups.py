@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_l2.optimizers.facts import own_share, own_way
+from lightning_l2.optimizers.facts import Way, own_way, share_by, shrinking_by
 from lightning_l2.optimizers.inner import updating_optimizers
 from lightning_l2.optimizers.step import step_of
 from lightning_l2.param_groups.names import Owner, unique_names
@@ -45,6 +45,7 @@ class DecayGroups:
         self.version = 0
         self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
         self.way: Acting | None = None
+        self._own: tuple[int, Way | None] = (-1, None)
         self.is_scheduled = False
         self.schedules: list[re.Pattern[str] | None] = []
         self.plans: dict[re.Pattern[str] | None, Callable[[DecayGroup], tuple[float, float]]] = {}
@@ -90,6 +91,11 @@ class DecayGroups:
         return self.version
 
     @property
+    def is_held(self) -> bool:
+        """Whether lambda is in force in the updates, in each of which the parts are looked at."""
+        return bool(self._holders)
+
+    @property
     def is_decided(self) -> bool:
         """Whether rules have decided on the base lambdas."""
         return self._bases is not None
@@ -130,7 +136,9 @@ class DecayGroups:
         """
         if self.way is None:
             value = group.weight_decay if weight_decay is None else weight_decay
-            return own_share(self.optimizer, group.parent, value, lr)
+            if self._own[0] != self.version:
+                self._own = self.version, shrinking_by(self.optimizer)
+            return share_by(self._own[1], group.parent, value, lr)
         share = self.way.share(group, lr, weight_decay)
         return share if isinstance(share, float) else None
 

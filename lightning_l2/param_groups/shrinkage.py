@@ -110,8 +110,11 @@ class Shrinkage(StepHook):
 
     def after_update(self) -> None:
         """Count the step."""
-        for count in self.counts():
-            share = self.groups.share(count.group)
+        groups = self.groups
+        # the update has looked at the groups itself
+        is_known = groups.is_held and self._version == groups.version
+        for count in self._counts if is_known else self.counts():
+            share = groups.share(count.group)
             if share is None:
                 count.left = None
             elif 0 < share < count.vanishing:
