@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -29,7 +30,6 @@ from lightning_l2.optimizers.facts import (
     DECOUPLED_FLAG,
     ascent_sign,
     number,
-    own_share,
     own_way,
     reads_loss,
     share_by,
@@ -112,7 +112,7 @@ class OptimizersOwn:
         self.rounds_away = (way or own_way(optimizer)) == "decoupled"
 
     def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
-        """Return the share of the weights that a step takes of a group; see `own_share`."""
+        """Return the share of the weights that a step takes of a group; see `share_by`."""
         value = group.weight_decay if weight_decay is None else weight_decay
         return share_by(self._way, group.parent, value, lr)
 
@@ -122,12 +122,10 @@ class OptimizersOwn:
         self._groups.release(self)
 
 
-class Way(StepHook):
+class Way(StepHook, ABC):
     """Decay that is put into the steps of an optimizer, whose own sees a lambda of 0; subclasses act."""
 
     turn = Turn.DECAY
-    # whether decay that is too small for the number format of the weights does nothing
-    rounds_away = False
 
     def __init__(self, optimizer: Optimizer, apply: str, peak_lr: PeakLR = None) -> None:
         super().__init__(optimizer, f"apply={apply!r}")
@@ -138,6 +136,12 @@ class Way(StepHook):
         self.groups.hold(self, f"apply={apply!r}")
         self.groups.hide({"weight_decay": 0.0}, self)
 
+    @property
+    @abstractmethod
+    def rounds_away(self) -> bool:
+        """Whether decay that is too small for the number format of the weights does nothing."""
+
+    @abstractmethod
     def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
         """Return the share of the weights that a step takes of a group, None where that is not known.
 
@@ -146,7 +150,6 @@ class Way(StepHook):
             lr: The learning rate, by default the one that the group has.
             weight_decay: Lambda, by default the one in force.
         """
-        raise NotImplementedError
 
     def begin(self, *, has_closure: bool) -> None:
         """See what new parameters start from, before the optimizer moves them."""
@@ -177,11 +180,17 @@ class Coupled(Way):
         super().__init__(optimizer, "coupled")
         self._before_clipping = before_clipping
         self._has_joined = False
+        self._shrinking = shrinking_by(optimizer, "coupled")
+
+    @property
+    def rounds_away(self) -> bool:
+        """Whether small decay does nothing; the gradient carries it here."""
+        return False
 
     def share(self, group: DecayGroup, lr: float | None = None, weight_decay: float | None = None) -> Share | None:
         """Return that of the optimizer's own coupled decay."""
         value = group.weight_decay if weight_decay is None else weight_decay
-        return own_share(self.optimizer, group.parent, value, lr, "coupled")
+        return share_by(self._shrinking, group.parent, value, lr)
 
     def before_clipping(self) -> None:
         """Join the gradients now instead of in the step."""
@@ -235,7 +244,7 @@ class OnWeights(Way):
         self._is_told = False
 
     @property
-    def rounds_away(self) -> bool:  # type: ignore[override]
+    def rounds_away(self) -> bool:
         """Whether decay that is too small for the number format does nothing."""
         return self.rounding is None
 

@@ -61,41 +61,40 @@ def own_way(optimizer: Optimizer) -> Way | None:
     return OWN_WAY.get(name or "")
 
 
-def own_share(
-    optimizer: Optimizer, group: Mapping[str, Any], weight_decay: Any, lr: float | None = None, way: Way | None = None
-) -> float | None:
-    r"""Return the share of the weights that an optimizer's own decay takes in a step.
+def shrinking_by(optimizer: Optimizer, way: Way | None = None) -> Way | None:
+    """Return the way of decay for which the share of a step is known, None if it isn't; to be asked once.
 
-    Decoupled decay takes $\eta \lambda$, coupled decay of SGD with momentum m and dampening d, in the long run,
-    $\eta \lambda (1 - d) / (1 - m)$. With coupled decay of adaptive optimizers each weight has a share of its own.
+    With coupled decay of adaptive optimizers each weight has a share of its own.
 
     Args:
         optimizer: A bare torch optimizer.
-        group: One of its groups.
-        weight_decay: Lambda in force.
-        lr: The learning rate $\eta$, by default the group's.
         way: How it decays, by default `own_way`.
-
-    Returns:
-        The share, dimensionless; None where there is none, or a device alone knows it.
-
-    >>> import torch
-    >>> sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.5)
-    >>> own_share(sgd, sgd.param_groups[0], 0.5)
-    0.1
     """
-    return share_by(shrinking_by(optimizer, way), group, weight_decay, lr)
-
-
-def shrinking_by(optimizer: Optimizer, way: Way | None = None) -> Way | None:
-    """Return the way of decay for which the share of a step is known, None if it isn't; to be asked once."""
     way = way or own_way(optimizer)
     is_known = way == "decoupled" or torch_class(optimizer) == "SGD"
     return way if is_known and not is_schedule_free(optimizer) else None
 
 
 def share_by(way: Way | None, group: Mapping[str, Any], weight_decay: Any, lr: float | None = None) -> float | None:
-    """Return `own_share` for what `shrinking_by` returned; as often as every step, so it is to be cheap."""
+    r"""Return the share of the weights that an optimizer's decay takes in a step; every step asks, so it is cheap.
+
+    Decoupled decay takes $\eta \lambda$, coupled decay of SGD with momentum m and dampening d, in the long run,
+    $\eta \lambda (1 - d) / (1 - m)$.
+
+    Args:
+        way: What `shrinking_by` returned.
+        group: One of the optimizer's groups.
+        weight_decay: Lambda in force.
+        lr: The learning rate $\eta$, by default the group's.
+
+    Returns:
+        The share, dimensionless; None where there is none, or a device alone knows it.
+
+    >>> import torch
+    >>> sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.5)
+    >>> share_by(shrinking_by(sgd), sgd.param_groups[0], 0.5)
+    0.1
+    """
     if way is None:
         return None
     rate = group["lr"] if lr is None else lr

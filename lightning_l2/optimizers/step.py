@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_l2.optimizers.facts import torch_class
 from lightning_l2.optimizers.inner import check_hookable
+from lightning_l2.optimizers.turns import Moments
 from lightning_l2.sharding import local_part, sum_over_shards
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lightning_l2.optimizers.turns import Moments
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -83,8 +83,9 @@ class Step:
         self._is_torchs = torch_class(optimizer) is not None
         self._layout = _USERS
         self._hooks: list[Moments] = []
+        self._acting = _Acting([])
         # what acts in each step under way, the innermost last; nothing in one that torch.distributed makes
-        self._running: list[list[Moments] | None] = []
+        self._running: list[_Acting | None] = []
         self._told: set[int] = set()
         self._pre = optimizer.register_step_pre_hook(uncompiled(self._on_step))
         self._post = optimizer.register_step_post_hook(uncompiled(self._on_stepped))
@@ -101,10 +102,12 @@ class Step:
     def add(self, hook: Moments) -> None:
         """Let something act, in its turn."""
         self._hooks = sorted([*self._hooks, hook], key=lambda one: one.turn)
+        self._acting = _Acting(self._hooks)
 
     def discard(self, hook: Moments) -> None:
         """Let it act no more."""
         self._hooks = [one for one in self._hooks if one is not hook]
+        self._acting = _Acting(self._hooks)
         self._end_if_unused()
 
     def set_layout(self, layout: Layout | None) -> None:
@@ -146,10 +149,10 @@ class Step:
             self._running.append(None)
             return None
         self._layout.leave(self._optimizer)
-        acting = self._hooks  # another list once one comes or goes
+        acting = self._acting  # another one once a hook comes or goes
         self._running.append(acting)
-        if acting:
-            _act(acting, lambda hook: hook.begin(has_closure=closure is not None))
+        if acting.begin:
+            _act(acting.begin, lambda hook: hook.begin(has_closure=closure is not None))
         if closure is None:
             self._before_update(acting)
             return None
@@ -159,33 +162,43 @@ class Step:
         acts = functools.partial(self._evaluate, acting, closure)
         return ((args[0], acts, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": acts})
 
-    def _evaluate(self, acting: list[Moments], closure: Callable[[], Any]) -> Any:
+    def _evaluate(self, acting: _Acting, closure: Callable[[], Any]) -> Any:
         # Whoever runs within the closure finds the user's groups.
         self._layout.leave(self._optimizer)
-        for hook in acting:
+        for hook in acting.before_closure:
             hook.before_closure()
         loss = closure()
-        if acting:
+        if acting.objective:
             with torch.no_grad():
-                for hook in acting:
+                for hook in acting.objective:
                     loss = hook.objective(loss)
         self._before_update(acting)
         return loss
 
-    def _before_update(self, acting: list[Moments]) -> None:
-        if acting:
-            _act(acting, lambda hook: hook.before_update())
+    def _before_update(self, acting: _Acting) -> None:
+        if acting.before_update:
+            _act(acting.before_update, lambda hook: hook.before_update())
         self._told.clear()
         self._layout.enter(self._optimizer)
 
     def _on_stepped(self, *_: Any) -> None:
-        acting = self._running.pop() if self._running else []
+        acting = self._running.pop() if self._running else _Acting([])
         if acting is None:
             return
         self.updates += 1
         self._layout.leave(self._optimizer, has_updated=True)
-        if acting:
-            _act([hook for hook in acting if hook in self._hooks], lambda hook: hook.after_update())
+        if acting.after_update:
+            _act([hook for hook in acting.after_update if hook in self._hooks], lambda hook: hook.after_update())
+
+
+class _Acting:
+    """What acts in a step, by the moments at which it does anything."""
+
+    def __init__(self, hooks: Sequence[Moments]) -> None:
+        self.begin, self.before_closure, self.objective, self.before_update, self.after_update = (
+            [hook for hook in hooks if getattr(type(hook), moment) is not getattr(Moments, moment)]
+            for moment in ("begin", "before_closure", "objective", "before_update", "after_update")
+        )
 
 
 @torch.no_grad()

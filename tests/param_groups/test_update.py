@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
@@ -365,7 +366,8 @@ def loss_of(parameters: list[nn.Parameter], step: int) -> Tensor:
 
 
 def train(parameters: list[nn.Parameter], optimizer: Any, steps: int = 8, with_graph: bool = False) -> list[Tensor]:
-    torch.manual_seed(1)  # some draw random numbers
+    torch.manual_seed(1)  # some draw random numbers, Kron from numpy's generator
+    np.random.seed(1)
     for step in range(steps):
         optimizer.zero_grad()
         loss_of(parameters, step).backward(create_graph=with_graph)
