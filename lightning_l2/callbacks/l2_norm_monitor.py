@@ -168,14 +168,7 @@ class L2NormMonitor(MonitoredCallback):
             self._fit.go_on(self._left)
         if self._start is not None:
             self._start.take(pl_module)
-            norms = self._start.norms(pl_module, trainer.model)
-            self._start.check(norms, self._start_norms)
-            self._start_norms = norms
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the start of weights that nobody asks for."""
-        if self._start is not None:
-            self._start.begin()
+            self._start_norms = self._start.norms(pl_module, trainer.model)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Measure the weights that the step's first forward pass is about to use."""
@@ -237,20 +230,12 @@ class L2NormMonitor(MonitoredCallback):
             dict(state.get(key, {})) for key in ("initial_squares", "left", "start")
         )
         if self._start is not None:
-            self._start.resume()
+            self._start.resume(self._start_norms)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have totals ready for callbacks that monitor them, also within the first accumulation window."""
         if self._fit is not None and self._fit.step is not None and "l2_norm/total" not in trainer.callback_metrics:
             self._send(trainer, {}, self._offer(self._fit.peek(), is_logged=False))
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the model."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
-        self._release()
 
     def _finish_late(self, trainer: pl.Trainer) -> None:
         # a step is over, and no optimizer had made it at its batch's end
@@ -276,13 +261,9 @@ class L2NormMonitor(MonitoredCallback):
         log_metrics(trainer, metrics, totals, step, shown)
 
     def _release(self) -> None:
-        if self._start is not None:
-            self._start.end()
-            self._start = None
         if self._fit is not None:
             self._left = self._fit.left()
-            self._fit.stop()
-            self._fit = None
+        super()._release()
 
     def _heed(self, trainer: pl.Trainer, alarms: list[Alarm], step: int) -> None:
         for alarm in alarms:

@@ -99,8 +99,7 @@ class L2Penalty(MonitoredCallback):
         self.every_n_steps = every_n_steps
         self._fit: _Fit | None = None
         self._start: WatchedStart | None = None
-        # of the start in a checkpoint, until it is compared, and of this fit, for checkpoints that are made after it
-        self._restored_norms: dict[str, float] = {}
+        # of the start, for checkpoints
         self._start_norms: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -109,7 +108,7 @@ class L2Penalty(MonitoredCallback):
         if stage != "fit":
             return
         self._release()
-        self._restored_norms, self._start_norms = {}, {}
+        self._start_norms = {}
         if self.towards == "start" or any(rule.towards == "start" for rule in self.rules):
             self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module), self.start_device)
 
@@ -145,11 +144,6 @@ class L2Penalty(MonitoredCallback):
         self._fit = _Fit(L2Objective(optimizers, follow_schedule=self.follow_schedule, look=follow))
         if not is_undecided(pl_module):
             self._decide(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the start of weights that nobody pulls to it."""
-        if self._start is not None:
-            self._start.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Decide on parameters that came late; measure a logged step's weights, with which its loss is computed."""
@@ -209,14 +203,6 @@ class L2Penalty(MonitoredCallback):
         if self._fit is not None:
             self._idle.end(trainer)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep nothing of the fit."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keep nothing of the fit."""
-        self._release()
-
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -229,11 +215,10 @@ class L2Penalty(MonitoredCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember the norms of the start."""
+        """Compare the start with that of the training that goes on."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self._restored_norms = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("start", {}))
         if self._start is not None:
-            self._start.resume()
+            self._start.resume(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("start", {}))
 
     def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, afresh: bool = True) -> None:
         """Go over to optimizers that were set up anew, and decide on parameters that are new."""
@@ -265,8 +250,6 @@ class L2Penalty(MonitoredCallback):
             penalised[id(param)] = Penalised(name, rule.name, weight_decay, start)
         if self._start is not None:
             self._start_norms = self._start.norms(pl_module, trainer.model)
-            self._start.check(self._start_norms, self._restored_norms)
-            self._restored_norms = {}
         self._fit.objective.penalise(penalised, flat_shards(trainer.model or pl_module))
         self._fit.is_decided = True
         self._fit.is_outdated()
@@ -301,14 +284,6 @@ class L2Penalty(MonitoredCallback):
                 "Add the callback WeightDecayScheduler, or set follow_schedule=False."
             )
 
-    def _release(self) -> None:
-        if self._start is not None:
-            self._start.end()
-            self._start = None
-        if self._fit is not None:
-            self._fit.objective.remove()
-            self._fit = None
-
 
 @dataclass
 class _Fit:
@@ -324,6 +299,10 @@ class _Fit:
         """Return whether groups or their parameters have changed since the last call."""
         before, self.groups = self.groups, self.objective.version()
         return self.is_decided and before != self.groups
+
+    def remove(self) -> None:
+        """Leave the optimizers alone."""
+        self.objective.remove()
 
 
 def _warn_of_double_decay(names: list[str]) -> None:

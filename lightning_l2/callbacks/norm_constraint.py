@@ -200,14 +200,6 @@ class NormConstraint(MonitoredCallback):
             self._idle.end(trainer)
             self._fit.metrics(self.name)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the hooks off the optimizers."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the hooks off the optimizers."""
-        self._release()
-
     def state_dict(self) -> dict[str, Any]:
         """Return what bounds and multipliers remember, by parameter name; the optimizers' states are taken next."""
         if self._fit is not None:
@@ -249,5 +241,4 @@ class NormConstraint(MonitoredCallback):
     def _release(self) -> None:
         if self._fit is not None:
             self._fit.memorise()
-            self._fit.remove()
-            self._fit = None
+        super()._release()

@@ -193,11 +193,10 @@ class WeightDecay(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what was decided, now that all schedules have begun."""
+        super().on_train_epoch_start(trainer, pl_module)
         decided = self._early or self._fit
         if self._summary is None and decided is not None and decided.is_decided:
             self._show(trainer, decided)
-        if self._start is not None:
-            self._start.begin()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Follow optimizers that were set up anew, and groups that changed since."""
@@ -235,14 +234,6 @@ class WeightDecay(Callback):
         if self.print_summary and left:
             shares = ", ".join(f"{left:.3g} of {name!r}" for name, left in left.items())
             rank_zero_info(f"Weight decay by itself has left of the weights: {shares}.")
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the optimizers alone."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers alone."""
-        self._release()
 
     # Not `state_dict`, of which Lightning wants one a Trainer, and says so in its own words.
     def on_save_checkpoint(
@@ -331,13 +322,9 @@ class WeightDecay(Callback):
 
     def _release(self) -> None:
         self._early = None
-        if self._start is not None:
-            self._start.end()
-            self._start = None
         if self._fit is not None:
             self._state = self._fit.state_dict()
-            self._fit.remove()
-            self._fit = None
+        super()._release()
 
 
 def _warn_of_decayed(names_by_rule: Mapping[str, list[str]]) -> None:

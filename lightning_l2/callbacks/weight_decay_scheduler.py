@@ -119,6 +119,7 @@ class WeightDecayScheduler(Callback):
         metric = getattr(self.schedule, "monitor", None) if reads_metric else None
         self._watch = MetricWatch(metric, type(self.schedule).__name__)
         self._is_checked = False
+        self._writes = splits_early(trainer)
         self._fit = ScheduledDecay(
             self.schedule,
             optimizers_in_use(trainer),
@@ -126,13 +127,14 @@ class WeightDecayScheduler(Callback):
             values=self.values,
             groups=self.groups,
             memory=self._feedback,
-            writes=splits_early(trainer),
+            writes=self._writes,
             look=partial(self._set, trainer),
         )
         self._fit.set(self._index(trainer))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read a metric that the module logged when the epoch before ended, after the callbacks' own hooks."""
+        super().on_train_epoch_start(trainer, pl_module)
         if self._fit is not None and self._watch.epoch_starts(trainer):
             self._observe(trainer)
 
@@ -158,7 +160,7 @@ class WeightDecayScheduler(Callback):
         """Set lambda of the coming step, except where this batch's is still to come, in the module's own hook."""
         if self._fit is not None and self.interval == "step":
             # DeepSpeed's updates call no hooks, but the Trainer counts those that it makes itself
-            is_counted = splits_early(trainer) and pl_module.automatic_optimization
+            is_counted = self._writes and pl_module.automatic_optimization
             self._fit.set(step_index(trainer), only_updated=not is_counted)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,14 +187,6 @@ class WeightDecayScheduler(Callback):
         if self._fit is not None and self._watch.training_ends(trainer):
             self._observe(trainer)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the optimizers alone."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers alone."""
-        self._release()
-
     # Not `state_dict`, of which Lightning wants one a Trainer, and says so in its own words.
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -206,11 +200,6 @@ class WeightDecayScheduler(Callback):
         """Take up what a feedback schedule remembered."""
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._feedback = copy.deepcopy(state.get("feedback", {}))
-
-    def _release(self) -> None:
-        if self._fit is not None:
-            self._fit.remove()
-            self._fit = None
 
     def _set(self, trainer: pl.Trainer, *, afresh: bool = True) -> None:
         if self._fit is not None:

@@ -227,7 +227,8 @@ class RuleDecay:
         for one, own in zip(rounding, state.get("rounding", {}).get(self._rounding, ()), strict=False):
             one.load_state_dict(own)
         if self.start is not None:
-            self.start.check(self.start.norms(self._model, self._root), state.get("start", {}))
+            self.start.expect(state.get("start", {}))
+            self.start.norms(self._model, self._root)
 
     def remove(self) -> None:
         """Leave the optimizers alone."""

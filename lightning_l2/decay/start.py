@@ -57,15 +57,26 @@ class Start:
         self._found: dict[Tensor, Tensor] = {}
         self._is_resumed = False
         self._norms: dict[Tensor, float] = {}
+        # of a checkpoint by name, until they are compared
+        self._expected: dict[str, float] = {}
 
     def find(self, model: nn.Module) -> None:
         """Copy all weights of a module that a checkpoint is about to be loaded into, unless one was already."""
         if not self._is_resumed:
             self._found = {param: _copy(param) for param in model.parameters() if not is_lazy(param)}
 
-    def resume(self) -> None:
-        """Learn that a checkpoint was loaded: from now on only what was found before is a start."""
+    def resume(self, norms: Mapping[str, float] | None = None) -> None:
+        """Learn that a checkpoint was loaded: from now on only what was found before is a start.
+
+        Args:
+            norms: As of `expect`.
+        """
         self._is_resumed = True
+        self.expect(norms or {})
+
+    def expect(self, norms: Mapping[str, float]) -> None:
+        """Learn what `norms` returned when the checkpoint was made, which it compares with from now on."""
+        self._expected |= norms
 
     def begin(self) -> None:
         """Learn that training begins: what nobody has asked for is forgotten, and what comes later starts as it is."""
@@ -103,27 +114,23 @@ class Start:
         Args:
             model: The module.
             root: The module that a strategy wrapped it in, for shards under FSDP1.
+
+        Raises:
+            RuntimeError: If they aren't those of the checkpoint: decay would pull towards other weights than before.
         """
         known = {clean_name(name): param for name, param in model.named_parameters() if param in self._weights}
         new = [param for param in known.values() if param not in self._norms]
         squares = _squares(new, map(self.of, new), flat_shards(root or model))
         self._norms |= zip(new, squares.sqrt().tolist(), strict=True)
-        return {name: self._norms[param] for name, param in known.items()}
+        norms = {name: self._norms[param] for name, param in known.items()}
+        self._check(norms)
+        return norms
 
-    def check(self, norms: Mapping[str, float], known: Mapping[str, float]) -> None:
-        """Compare with the norms of a checkpoint.
-
-        Args:
-            norms: What `norms` returns now.
-            known: What it returned when the checkpoint was made.
-
-        Raises:
-            RuntimeError: If they differ: decay would pull towards other weights than before.
-        """
+    def _check(self, norms: Mapping[str, float]) -> None:
+        """Compare with the norms of the checkpoint, once."""
+        compared = {name: (norm, self._expected.pop(name)) for name, norm in norms.items() if name in self._expected}
         differing = {
-            name: (norm, known[name])
-            for name, norm in norms.items()
-            if name in known and not abs(norm - known[name]) <= _TOLERANCE * min(norm, known[name])
+            name: pair for name, pair in compared.items() if not abs(pair[0] - pair[1]) <= _TOLERANCE * min(pair)
         }
         if differing:
             name, (norm, before) = next(iter(differing.items()))
@@ -186,6 +193,7 @@ def expect_start(model: nn.Module, watch: Watch, device: StartDevice | None = No
     return start
 
 
+@torch.no_grad()
 def squared_distances(
     params: Sequence[Tensor], starts: Iterable[Tensor], shards: Mapping[int, ProcessGroup] | None = None
 ) -> Tensor:
@@ -204,6 +212,7 @@ def squared_distances(
     )
 
 
+@torch.no_grad()
 def local_squared_distances(params: Sequence[Tensor], starts: Iterable[Tensor]) -> Tensor:
     """Return `squared_distances` of what this process holds alone.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from lightning_l2.monitor.histograms import Histogram
 from lightning_l2.monitor.layers import Watched, check_include, regroup, signature, watch
 from lightning_l2.monitor.measurement import WEIGHTS, Measurement, Step
@@ -133,7 +135,7 @@ class NormTracker:
         for one in self._counts:
             one.go_on(left)
 
-    def stop(self) -> None:
+    def remove(self) -> None:
         """Leave the optimizers alone."""
         self.end()
         self._counts.remove()
@@ -246,6 +248,7 @@ class _ReadingHook(StepHook):
     def before_clipping(self) -> None:
         self._tracker.before_clipping(self._number, self.optimizer)
 
+    @torch.no_grad()
     def after_update(self) -> None:
         self._tracker.after_update(self._number, self.optimizer)
 

@@ -88,8 +88,8 @@ class IdleWatch:
 class Callback(pl.Callback):
     """The base of all callbacks here, at home in `lightning` and, where it is imported, `pytorch_lightning`.
 
-    What a callback knows of the running fit is in `_fit`, and in `_start` from before it: neither copied nor pickled,
-    and None outside of it.
+    What a callback knows of the running fit is in `_fit`, and in `_start` from before it, the weights that training
+    began with: neither copied nor pickled, and None outside of it. However a fit ends, both are let go.
     """
 
     _fit: Any = None
@@ -101,6 +101,27 @@ class Callback(pl.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the callback starts with."""
         return {key: value for key, value in vars(self).items() if key not in ("_fit", "_start", "_log", "_log_dict")}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the start of weights that nobody has asked for by now."""
+        if self._start is not None:
+            self._start.begin()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the optimizers alone."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the optimizers alone."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._start is not None:
+            self._start.end()
+            self._start = None
+        if self._fit is not None:
+            self._fit.remove()
+            self._fit = None
 
 
 derive_from_both(Callback)

@@ -381,12 +381,28 @@ def test_lazy_parameters_have_no_start_in_a_resumed_training() -> None:
 
 
 def test_norms_that_are_only_summed_in_another_order_are_the_same() -> None:
-    start = Start()
-    start.check({"w": 1.0}, {"w": 1.0 + 9e-6})
-    start.check({"w": 0.0, "new": 1.0}, {"w": 0.0, "gone": 2.0})
+    model, start = nn.ParameterDict({"w": torch.ones(1), "new": torch.zeros(1)}), Start()
+    start.take(model)
+    start.expect({"w": 1.0 + 9e-6, "gone": 2.0})
+    assert start.norms(model) == {"w": 1.0, "new": 0.0}
+    start.resume({"new": 0.0})
+    start.norms(model)
     for known in (1.0 + 1.1e-5, 1.0 - 1.1e-5, 0.0, float("inf")):
+        start.expect({"w": known})
         with pytest.raises(RuntimeError, match=r"the norm of 'w' is 1, and was .*Make the module as it was before"):
-            start.check({"w": 1.0}, {"w": known})
+            start.norms(model)
+
+
+def test_norms_are_compared_once() -> None:
+    """A parameter that takes the place of another one in mid-training starts from weights of its own."""
+    model, start = nn.ParameterDict({"w": torch.ones(1)}), Start()
+    start.take(model)
+    start.resume({"w": 1.0})
+    start.norms(model)
+    model["w"] = torch.zeros(1)
+    start.begin()
+    start.take(model)
+    assert start.norms(model) == {"w": 0.0}
 
 
 def test_all_that_ask_share_one_start() -> None:

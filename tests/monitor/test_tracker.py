@@ -33,7 +33,7 @@ def test_a_step_from_begin_to_observe() -> None:
     assert observed.metrics["grad_norm/total"] == pytest.approx(2 * 3**0.5)
     assert observed.metrics["update_norm/total"] == pytest.approx(3**0.5)
     assert tracker.step is None
-    tracker.stop()
+    tracker.remove()
     assert not optimizer._optimizer_step_post_hooks
 
 

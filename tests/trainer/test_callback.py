@@ -18,12 +18,19 @@ from lightning_l2.trainer.callback import MANY_WINDOWS, Callback, check_alone
 from tests.helpers import Shrinking, batches, make_trainer
 
 
+class Fit:
+    removed = 0
+
+    def remove(self) -> None:
+        Fit.removed += 1
+
+
 class Mine(Callback):
     def __init__(self) -> None:
         self.setting, self.seen = 3, []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._fit = "of a running fit"
+        self._fit = Fit()
         self.log("mine", 1.0)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -31,9 +38,10 @@ class Mine(Callback):
 
 
 def test_a_copy_has_the_settings_and_nothing_of_the_fit() -> None:
-    callback = Mine()
+    Fit.removed, callback = 0, Mine()
     make_trainer([callback]).fit(Shrinking(), batches(1))
-    assert callback._fit == "of a running fit"
+    assert callback._fit is None
+    assert Fit.removed == 1
     assert [(type(copied), vars(copied)) for copied in callback.seen] == [(Mine, {"setting": 3, "seen": []})] * 2
 
 
