@@ -1,10 +1,21 @@
+import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# the same examples in each run; others with `--hypothesis-profile=default`
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: tests of leaks need not look through it whenever they collect."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ tensors_of = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(tensors=tensors_of, bound=st.floats(1e-2, 1e2), per=st.sampled_from(["parameter", "row", "group"]))
 def test_properties_of_a_projection(tensors: list[Tensor], bound: float, per: Per) -> None:
     before, norms = [tensor.clone() for tensor in tensors], norms_of(tensors, per)

@@ -33,7 +33,7 @@ PHASES = (Phase.explicit, Phase.generate)
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None, phases=PHASES)
+    return settings(max_examples=count, phases=PHASES)
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {

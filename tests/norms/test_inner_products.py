@@ -26,7 +26,7 @@ def test_inner_products(layout: str, dtype: torch.dtype) -> None:
 DTYPES = [torch.float32, torch.float64, *HALVES]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from([0, 1, 30, 600, 20_000, 300_000]), st.sampled_from(DTYPES), st.sampled_from(DTYPES)),

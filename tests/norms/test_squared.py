@@ -171,7 +171,7 @@ def test_extremes_beside_what_is_not_finite() -> None:
     assert [squares[1], squares[3], squares[4]] == pytest.approx([9e-60, 9e60, 0.0], rel=1e-6, abs=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 600),
     st.floats(0, 6e-4),
@@ -215,7 +215,7 @@ KINDS = st.tuples(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(KINDS, max_size=12))
 def test_any_mixture_keeps_its_order(kinds: list[tuple[int, torch.dtype, str]]) -> None:
     tensors = []

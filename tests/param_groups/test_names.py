@@ -48,7 +48,7 @@ def test_prefixed_only_where_needed(owners: list[tuple[int, int, str | None, str
     assert unique_names([Owner(*owner) for owner in owners]) == expected
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

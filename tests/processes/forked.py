@@ -41,10 +41,15 @@ class Done:
     stderr: str
 
 
-def python(*arguments: str, **options: Any) -> Done:
+def python(*arguments: str, environment: Mapping[str, str] | None = None, **options: Any) -> Done:
     """Run what ``python ARGUMENTS`` would: ``-c CODE``, ``-m MODULE`` or a file, each with its own arguments."""
-    (done,) = _run([(_program, arguments)], **options)
+    (done,) = pythons(*arguments, environments=[environment or {}], **options)
     return done
+
+
+def pythons(*arguments: str, environments: Sequence[Mapping[str, str]], **options: Any) -> list[Done]:
+    """Run the same side by side, once in each environment."""
+    return _run([(_program, arguments)] * len(environments), environments, **options)
 
 
 def ranks(function: Callable[..., None], *arguments: Any, processes: int = 2, **options: Any) -> None:
@@ -60,25 +65,25 @@ def ranks(function: Callable[..., None], *arguments: Any, processes: int = 2, **
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "NODE_RANK": "0"}
     end = _context.Barrier(processes)
     jobs = [(_rank, (function, rank, arguments, end)) for rank in range(processes)]
-    ended = _run(jobs, environment={**launched, **options.pop("environment", {})}, **options)
+    ended = _run(jobs, [{**launched, **options.pop("environment", {})}] * processes, **options)
     failed = [f"process {rank} ended with {done.returncode}: {done.stderr[-3000:]}" for rank, done in enumerate(ended)]
     assert not any(done.returncode for done in ended), "\n".join(failed)
 
 
 def _run(
     jobs: Sequence[tuple[Callable[..., None], tuple[Any, ...]]],
+    environments: Sequence[Mapping[str, str]],
     *,
-    environment: Mapping[str, str] = types.MappingProxyType({}),
     cwd: Path = ROOT,
     seconds: float = SECONDS,
 ) -> list[Done]:
     """Run jobs side by side; all are killed when one fails, since the others would wait for it, or time is up."""
-    complete = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(number)) for number in range(len(jobs))]
         processes = [
-            _context.Process(target=_begin, args=(*job, complete, cwd, output))
-            for job, output in zip(jobs, outputs, strict=True)
+            _context.Process(target=_begin, args=(*job, {**shared, **environment}, cwd, output))
+            for job, environment, output in zip(jobs, environments, outputs, strict=True)
         ]
         end = time.monotonic() + seconds
         try:
@@ -117,8 +122,11 @@ def _begin(
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
+    from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
     torch.set_num_threads(1)
+    # which Lightning reads when it is imported
+    rank_zero_only.rank = _get_rank() or 0
     job(*arguments)
 
 

@@ -472,7 +472,7 @@ def models(draw, depth=3):
 
 
 @given(models())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_models_by_default(built_model):
     model, expected = built_model
     assert {name: rule.name for name, rule in assign_rules(model).items()} == expected
@@ -480,7 +480,7 @@ def test_random_models_by_default(built_model):
 
 
 @given(models(), st.lists(st.sampled_from(["model", "net", "module", "_orig_mod", "_fsdp_wrapped_module"]), max_size=3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_decisions_do_not_depend_on_a_prefix(built_model, prefix):
     model, expected = built_model
     for name in reversed(prefix):
@@ -514,7 +514,7 @@ def takes(condition, name, parameter, owner):
 
 
 @given(models(), st.lists(conditions, max_size=4), st.floats(0, 1e3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_random_rules_on_random_models(built_model, drawn, weight_decay):
     model, _ = built_model
     drawn = [*drawn, {}]

@@ -156,7 +156,7 @@ nested = st.recursive(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(nested, fraction)
 def test_nested_schedules_survive_yaml(schedule: Schedule, progress: float) -> None:
     parsed, _ = through_yaml(ANY, as_config(schedule))

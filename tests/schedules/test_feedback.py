@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
@@ -48,7 +48,6 @@ class Groups:
 metric = st.integers(-20, 20).map(lambda tenths: tenths / 10) | st.sampled_from([math.nan, math.inf, -math.inf])
 
 
-@settings(deadline=None)
 @given(
     st.lists(metric, min_size=1, max_size=40),
     st.sampled_from(["min", "max"]),

@@ -1,10 +1,7 @@
 """A training on two processes: both follow one search."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_l2.search import search_weight_decay
+from tests.processes.forked import pythons
 
 SCRIPT = Path(__file__).parents[1] / "processes" / "distributed_search.py"
 ROOT = Path(__file__).parents[2]
@@ -23,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where four searches ran, the first of which starts and connects the processes."""
+    """Where four searches ran, the first of which connects the processes."""
     folder = tmp_path_factory.mktemp("searches")
-    _run(folder, [{}], "ddp", "fsdp1", "fsdp2-full", "formula")
+    _run(folder, _ranks(), "ddp", "fsdp1", "fsdp2-full", "formula")
     return folder
 
 
@@ -38,19 +36,19 @@ def found(folder: Path) -> list[dict[str, Any]]:
 def _run(folder: Path, variables: list[dict[str, str]], *strategies: str) -> None:
     """Start the script once for each set of variables and wait for all."""
     # two processes, which can't share a GPU
-    shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIGHTNING_L2_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(SCRIPT), str(folder), *strategies]
-    started = [
-        subprocess.Popen(command, env={**shared, **own}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        for own in variables
-    ]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=250)
-            assert process.returncode == 0, errors
-    finally:
-        for process in started:
-            process.kill()
+    environments = [{"LIGHTNING_L2_ACCELERATOR": "cpu", **own} for own in variables]
+    ended = pythons(str(SCRIPT), str(folder), *strategies, environments=environments)
+    assert not any(done.returncode for done in ended), [done.stderr for done in ended]
+
+
+def _ranks() -> list[dict[str, str]]:
+    """Return what a launcher tells each of two processes."""
+    master = _master()
+    return [{**master, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def _master() -> dict[str, str]:
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -82,10 +80,10 @@ def test_processes_begin_with_the_search_that_rank_0_begins_with(
     # of the formula nothing is left, of fsdp2-full all
     shutil.copy(folder / "study.db", tmp_path)
     optuna.delete_study(study_name="fsdp2-full", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    master = _master()
     variables: list[dict[str, str]] = {
         "by the Trainer": [{}],
-        "by a launcher": [{**master, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"],
+        "by a launcher": _ranks(),
         "on each machine": [{**master, "NODE_RANK": rank, "LIGHTNING_L2_NODES": "2"} for rank in "01"],
     }[start]
     _run(tmp_path, variables, "formula", "fsdp2-full")
