@@ -186,6 +186,7 @@ class AttachedConstraint(StepHook):
         if self._before is None:
             self._copy()
 
+    @torch.no_grad()
     def after_update(self) -> None:
         """Constrain what there is to constrain."""
         self.prepare()
@@ -214,6 +215,7 @@ class AttachedConstraint(StepHook):
             self._is_told = True
             rank_zero_warn(f"NormConstraint of {label!r}: {text}")
 
+    @torch.no_grad()
     def _copy(self) -> None:
         if self._method.compares:
             self.prepare()

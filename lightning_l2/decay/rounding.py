@@ -18,13 +18,14 @@ Source: Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, 2020.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_l2.param_groups.decay_groups import DecayGroups
+    from lightning_l2.param_groups.parts import DecayGroup
 
 Rounding: TypeAlias = Literal["nearest", "accumulate", "stochastic"]
 Share: TypeAlias = float | Tensor
@@ -54,20 +55,24 @@ class Accumulate:
     def __init__(self, groups: DecayGroups) -> None:
         self._groups = groups
         self._saved: dict[str, Share] = {}
+        self._version = -1
+        self._parts: list[tuple[int, _Part]] = []
 
     def due(self, shares: Sequence[Share]) -> list[tuple[list[Tensor], Share]]:
         """Save up what a step takes of each group, and return what is due now of which parameters."""
+        if self._version != self._groups.version or any(part.is_stale for _, part in self._parts):
+            groups = self._groups.groups
+            self._parts = [(index, part) for index, group in enumerate(groups) for part in _parts_of(group)]
+            self._version = self._groups.version
         due = []
-        for group, share in zip(self._groups.groups, shares, strict=True):
-            for dtype, params in _by_dtype(group.params).items():
-                key, enough = f"{group.name}/{dtype}", _WORTH_A_ROUNDING.get(dtype, 0.0)
-                before = self._saved.get(key, 0.0)
-                # 1 - s rounds to 1 where a device knows s in fp32
-                saved = before + (1 - before) * share
-                is_due = saved >= enough
-                # a share that is known to a device alone is compared there
-                due.append((params, saved * is_due))
-                self._saved[key] = saved * ~is_due if isinstance(is_due, Tensor) else saved * (not is_due)
+        for index, (key, dtype, params) in self._parts:
+            before = self._saved.get(key, 0.0)
+            # 1 - s rounds to 1 where a device knows s in fp32
+            saved = before + (1 - before) * shares[index]
+            is_due = saved >= _WORTH_A_ROUNDING.get(dtype, 0.0)
+            # a share that is known to a device alone is compared there
+            due.append((params, saved * is_due))
+            self._saved[key] = saved * ~is_due if isinstance(is_due, Tensor) else saved * (not is_due)
         return due
 
     def state_dict(self) -> dict[str, float]:
@@ -149,11 +154,24 @@ class Stochastic:
         weight.copy_(torch.where((chance < rest) & (exact != nearest.to(wider)), other, nearest))
 
 
-def _by_dtype(params: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+class _Part(NamedTuple):
+    """The parameters of a group that have one dtype, and what it is called."""
+
+    key: str
+    dtype: torch.dtype
+    params: list[Tensor]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether somebody has given the parameters another dtype."""
+        return self.params[0].dtype != self.dtype
+
+
+def _parts_of(group: DecayGroup) -> list[_Part]:
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for param in params:
+    for param in group.params:
         by_dtype.setdefault(param.dtype, []).append(param)
-    return by_dtype
+    return [_Part(f"{group.name}/{dtype}", dtype, params) for dtype, params in by_dtype.items()]
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

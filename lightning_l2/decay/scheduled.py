@@ -85,6 +85,8 @@ class ScheduledDecay:
         self._attached = Attachments(self._write if writes else self._attach, None if writes else look)
         self._groups: list[DecayGroups] = []
         self._updates: list[int] = []
+        # for which index and which parts each optimizer's multipliers were set last
+        self._given: dict[DecayGroups, tuple[int, list[int]]] = {}
         self._anchor: tuple[tuple[bool, ...], float] = (), 0.0
         self._readable: set[int] = set()
         if isinstance(self._schedule, Schedule):
@@ -101,7 +103,7 @@ class ScheduledDecay:
         if isinstance(self._schedule, Schedule):
             for one in self._groups:
                 one.plans[self._among] = self.foretell
-        self._anchor, self._readable = ((), 0.0), set()
+        self._anchor, self._readable, self._given = ((), 0.0), set(), {}
         return True
 
     def check(self, *, is_followed: bool = False) -> bool:
@@ -166,6 +168,11 @@ class ScheduledDecay:
                 else:
                     self._repeat(one)
             return
+        now = index, [one.version for one in self._groups]
+        groups = [one for one in groups if self._given.get(one) != now]
+        if not groups:
+            return
+        self._given.update(dict.fromkeys(groups, now))
         value = float(self._schedule(min(1.0, index / max(1, self._length - 1))))
         if self._values == "multiplier":
             for one in groups:

@@ -287,13 +287,17 @@ class OnWeights(Way):
         shares: list[Share] = []
         parent: Mapping[str, Any] | None = None
         factor: Share = 0.0  # what all parts of one of the user's groups have in common
-        found_inf = getattr(self.optimizer, "found_inf", None)
         for group in groups:
             if group.parent is not parent:
                 parent, factor = group.parent, self._factor(group.parent)
-                factor = factor if found_inf is None else (found_inf == 0) * factor
             value = group.weight_decay
-            shares.append(self._limited(factor * (value if type(value) is float else number(value))))
+            shares.append(factor * (value if type(value) is float else number(value)))
+        if self.apply == "independent":
+            shares = list(map(self._limited, shares))
+        self.groups.taken = shares
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None:
+            shares = [(found_inf == 0) * share for share in shares]
         if isinstance(self.rounding, Accumulate):
             return self.rounding.due(shares)
         return [(group.params, share) for group, share in zip(groups, shares, strict=True)]
@@ -354,6 +358,7 @@ class Compared(OnWeights):
             self._copy(with_gradient)
         self._is_complete = True
 
+    @torch.no_grad()
     def after_update(self) -> None:
         """Decay from the copies."""
         for family, share in self._shares():
@@ -382,6 +387,7 @@ class Compared(OnWeights):
             return None
         return real_parts([start_of_rows(starts[p], row, p) for p, row in zip(params, rows, strict=True)])
 
+    @torch.no_grad()
     def _copy(self, select: Callable[[list[Tensor]], list[Tensor]]) -> None:
         for group in self.groups.unnamed():
             if not is_zero(number(group.weight_decay)):

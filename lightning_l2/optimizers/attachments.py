@@ -85,7 +85,10 @@ class Attachments(Generic[_Attached]):
 
     def look_for(self, optimizer: Any) -> None:
         """Follow the optimizers that there are now, if this one is none of those before."""
-        if self._look is not None and all(one is not optimizer for one in self._optimizers):
+        for one in self._optimizers:
+            if one is optimizer:
+                return
+        if self._look is not None:
             self._look()
 
 

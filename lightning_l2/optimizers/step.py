@@ -151,8 +151,8 @@ class Step:
         self._layout.leave(self._optimizer)
         acting = self._acting  # another one once a hook comes or goes
         self._running.append(acting)
-        if acting.begin:
-            _act(acting.begin, lambda hook: hook.begin(has_closure=closure is not None))
+        for hook in acting.begin:
+            hook.begin(has_closure=closure is not None)
         if closure is None:
             self._before_update(acting)
             return None
@@ -176,8 +176,8 @@ class Step:
         return loss
 
     def _before_update(self, acting: _Acting) -> None:
-        if acting.before_update:
-            _act(acting.before_update, lambda hook: hook.before_update())
+        for hook in acting.before_update:
+            hook.before_update()
         self._told.clear()
         self._layout.enter(self._optimizer)
 
@@ -187,8 +187,9 @@ class Step:
             return
         self.updates += 1
         self._layout.leave(self._optimizer, has_updated=True)
-        if acting.after_update:
-            _act([hook for hook in acting.after_update if hook in self._hooks], lambda hook: hook.after_update())
+        for hook in acting.after_update:
+            if hook in self._hooks:
+                hook.after_update()
 
 
 class _Acting:
@@ -199,12 +200,6 @@ class _Acting:
             [hook for hook in hooks if getattr(type(hook), moment) is not getattr(Moments, moment)]
             for moment in ("begin", "before_closure", "objective", "before_update", "after_update")
         )
-
-
-@torch.no_grad()
-def _act(hooks: list[Moments], act: Callable[[Moments], None]) -> None:
-    for hook in hooks:
-        act(hook)
 
 
 class _Guard:

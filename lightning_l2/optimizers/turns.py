@@ -28,6 +28,8 @@ class Turn(IntEnum):
 class Moments:
     """What acts within a step; a subclass overrides the moments it acts at.
 
+    What changes weights or gradients there says `torch.no_grad` itself, since most of what acts computes no tensors.
+
     Attributes:
         turn: When it acts among others.
     """

@@ -113,9 +113,11 @@ class Shrinkage(StepHook):
         groups = self.groups
         # the update has looked at the groups itself
         is_known = groups.is_held and self._version == groups.version
-        for count in self._counts if is_known else self.counts():
-            share = groups.share(count.group)
-            if share is None:
+        counts = self._counts if is_known else self.counts()
+        taken, groups.taken = groups.taken, None
+        for index, count in enumerate(counts):
+            share = groups.share(count.group) if taken is None else taken[index]
+            if type(share) is not float:
                 count.left = None
             elif 0 < share < count.vanishing:
                 self._lose(count, share)

@@ -34,7 +34,10 @@ def optimizers_in_use(trainer: Any, *, afresh: bool = True) -> list[torch.optim.
         afresh: Whether to look through wrappers that were looked through before.
     """
     found = trainer.optimizers
-    if all(type(optimizer).__module__.startswith("torch.optim.") for optimizer in found):
+    for optimizer in found:
+        if not type(optimizer).__module__.startswith("torch.optim."):
+            break
+    else:
         return found  # type: ignore[no-any-return]  # nothing is wrapped, as nearly always; every batch asks
     bare = bare_optimizers(trainer)
     if splits_early(trainer):
