@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.compile.*:UserWarning"),
 ]
-STEPS = 6
+STEPS = 4
 RANGES = [(0.0, 1.0), (1.0, 0.0)]
 
 

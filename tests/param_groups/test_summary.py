@@ -68,7 +68,7 @@ def test_printed(has_rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_csv(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "decay.csv"
+    path = tmp_path / "new" / "folder" / "decay.csv"
     write_csv(path, ROWS)
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert rows[0] == {"parameter": "a.weight", "group": "decay", "weight decay": "0.25"}
