@@ -140,7 +140,7 @@ class L2NormMonitor(MonitoredCallback):
         self._initial: dict[str, float] = {}
         # norms of the weights that training began with, and what decay had left, of a checkpoint
         self._start_norms: dict[str, float] = {}
-        self._left: dict[str, float] = {}
+        self._left: dict[str, float | None] = {}
         self._start: WatchedStart | None = None
         self._fit: NormTracker | None = None
 
