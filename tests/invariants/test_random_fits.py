@@ -273,7 +273,9 @@ class Plan:
             return None
         place, length = (step // math.ceil(BATCHES / self.accumulate), EPOCHS) if by_epoch else (step, self.steps)
         value = closed_form(min(1.0, place / max(1, length - 1)))
-        return value / self.anchors[rule] if options["values"] == "weight_decay" else value
+        # without a base there is nothing to schedule, of which lazy parameters let nobody know before the first batch
+        anchor = self.anchors[rule] if options["values"] == "weight_decay" else 1.0
+        return value / anchor if anchor else None
 
     def configured(self, name: str, ndim: int) -> float:
         """Return lambda before rules and schedule, as the documentation says: what was given, or the group's own."""
