@@ -31,7 +31,7 @@ class AdaptiveDecay(FeedbackSchedule):
         smoothing: Share of the previous multiplier, dimensionless, 0 to below 1.
 
     Raises:
-        ValueError: If `smoothing` is outside [0, 1); if FSDP1 has flattened the parameters.
+        ValueError: If `smoothing` is outside [0, 1); if FSDP1 has cut the parameters.
 
     Source: Ghiasi, Shafahi and Ardekani, "Improving Robustness with Adaptive Weight Decay", arXiv 2210.00094, 2022.
 
@@ -52,7 +52,7 @@ class AdaptiveDecay(FeedbackSchedule):
         check_fraction(smoothing=self.smoothing)
 
     def check(self, optimizer: OptimizerLike) -> None:
-        """Refuse parameters that FSDP1 or DeepSpeed flattened; else only gradients and weights are read."""
+        """Refuse parameters that FSDP1 has cut or DeepSpeed flattened; else only gradients and weights are read."""
         check_unflattened(self, optimizer)
 
     def multipliers(self, optimizer: OptimizerLike, metrics: Mapping[str, float], state: dict[str, Any]) -> list[float]:

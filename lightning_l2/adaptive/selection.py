@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_l2.schedules.feedback import OptimizerLike
-from lightning_l2.sharding import has_flat_pieces, is_flat_piece
+from lightning_l2.sharding import has_flat_pieces, is_flat_parameter, is_flat_piece
 
 HEAD = r"(?<![a-z])(lm_?head|head|output|classifier|logits)(?![a-z])"
 """Names that rules and groups of output layers go by."""
@@ -28,9 +28,15 @@ def base_weight_decay(group: Mapping[str, Any]) -> float:
 
 
 def check_unflattened(schedule: object, optimizer: OptimizerLike) -> None:
-    """Raise a `ValueError` if FSDP1 or DeepSpeed has flattened the parameters, so that no sums over them can be had."""
+    """Raise a `ValueError` if FSDP1 or DeepSpeed has flattened the parameters, so that no sums over them can be had.
+
+    Pieces that FSDP1 is known not to have cut (`NO_SHARD`) are whole, see `as_seen`.
+    """
     # On FSDP2 a parameter is a DTensor, which knows its processes.
-    is_cut = any(is_flat_piece(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    pieces = [p for group in optimizer.param_groups for p in group["params"] if is_flat_piece(p)]
+    find = getattr(optimizer, "flat_shards", None)
+    shards = None if find is None or not pieces else find()
+    is_cut = any(shards is None or id(piece) in shards or is_flat_parameter(piece) for piece in pieces)
     if is_cut or has_flat_pieces(optimizer):
         raise ValueError(
             f"{type(schedule).__name__} sums over whole tensors, but {'FSDP1' if is_cut else 'DeepSpeed'} has "

@@ -36,7 +36,7 @@ class StableDecay(FeedbackSchedule):
     accelerator a step.
 
     Raises:
-        ValueError: If the optimizer keeps no second moments, or FSDP1 has flattened the parameters.
+        ValueError: If the optimizer keeps no second moments, or FSDP1 has cut the parameters.
 
     Source: Xie et al., "On the Overlooked Pitfalls of Weight Decay and How to Mitigate Them: A Gradient-Norm
     Perspective" (first "Stable Weight Decay Regularization"), arXiv 2011.11152, 2020.
@@ -51,7 +51,7 @@ class StableDecay(FeedbackSchedule):
     reads: ClassVar[Literal["lr", "gradients", "metric"]] = "gradients"
 
     def check(self, optimizer: OptimizerLike) -> None:
-        """Refuse optimizers without Adam's second moments, and parameters that FSDP1 or DeepSpeed flattened."""
+        """Refuse optimizers without Adam's second moments, and parameters that FSDP1 has cut or DeepSpeed flattened."""
         check_unflattened(self, optimizer)
         states = [state for state in optimizer.state.values() if state]
         keeps = bool(states) and all("exp_avg_sq" in state and "step" in state for state in states)

@@ -140,7 +140,7 @@ class L2NormMonitor(MonitoredCallback):
         self._initial: dict[str, float] = {}
         # norms of the weights that training began with, and what decay had left, of a checkpoint
         self._start_norms: dict[str, float] = {}
-        self._left: dict[str, float] = {}
+        self._left: dict[str, float | None] = {}
         self._start: WatchedStart | None = None
         self._fit: NormTracker | None = None
 
@@ -215,6 +215,7 @@ class L2NormMonitor(MonitoredCallback):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         initial = self._initial if self.options.keeps_initial else {}
         left = self._left if self._fit is None else self._fit.left()
+        state: dict[str, Mapping[str, float | None]]
         state = {"initial_squares": initial, "left": left, "start": self._start_norms}
         kept = {key: dict(value) for key, value in state.items() if value}
         if kept:

@@ -191,6 +191,8 @@ class NormConstraint(MonitoredCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have values ready for callbacks that monitor them, also within the first accumulation window."""
         if self._fit is not None and not self._has_logged and self.every_n_steps != 0:
+            if self._fit.is_undecided:
+                self._follow(trainer)
             extremes, _ = self._fit.metrics(self.name, before_step=True)
             log_metrics(trainer, {}, monitor=self._offer(extremes, is_logged=False))
 

@@ -12,6 +12,7 @@ from lightning_l2.decay.scheduled import ScheduledDecay
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.schedules.base import Schedule
 from lightning_l2.schedules.feedback import FeedbackSchedule
+from lightning_l2.sharding import flat_shards
 from lightning_l2.trainer.callback import Callback, check_alone
 from lightning_l2.trainer.clock import step_index
 from lightning_l2.trainer.length import total_epochs, total_steps
@@ -129,6 +130,7 @@ class WeightDecayScheduler(Callback):
             memory=self._feedback,
             writes=self._writes,
             look=partial(self._set, trainer),
+            shards=partial(flat_shards, trainer.model or pl_module),
         )
         self._fit.set(self._index(trainer))
 

@@ -205,7 +205,7 @@ class RuleDecay:
         starts = {} if self.start is None else self.start.norms(self._model, self._root)
         state = {
             "options": options,
-            "left": self.left(),
+            "left": {name: left for count in self._counts for name, left in count.state_dict().items()},
             "rounding": rounding and {self._rounding: rounding},
             "start": starts,
         }

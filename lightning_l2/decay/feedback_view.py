@@ -9,7 +9,9 @@ from lightning_l2.param_groups.decay_groups import decay_groups
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch.distributed import ProcessGroup
 
 
 class _View:
@@ -22,12 +24,17 @@ class _View:
 _VIEWS: dict[type, Any] = {}
 
 
-def as_seen(optimizer: Any, among: re.Pattern[str] | None = None) -> Any:
+def as_seen(
+    optimizer: Any,
+    among: re.Pattern[str] | None = None,
+    shards: Callable[[], Mapping[int, ProcessGroup]] | None = None,
+) -> Any:
     """Return what stands for an optimizer, of its class.
 
     Args:
         optimizer: One that updates by itself.
         among: Only parts with such a name; None for all.
+        shards: Finds the parameters that FSDP1 has cut, see `flat_shards`; None where nobody knows the module.
 
     >>> import torch
     >>> groups = [{"params": [torch.zeros(1)], "name": "head"}, {"params": [torch.zeros(1)], "weight_decay": 0.2}]
@@ -41,6 +48,7 @@ def as_seen(optimizer: Any, among: re.Pattern[str] | None = None) -> Any:
     view = object.__new__(_VIEWS[kind])
     vars(view).update(
         state=optimizer.state,
+        flat_shards=shards,
         defaults=getattr(optimizer, "defaults", {}),
         param_groups=[
             {

@@ -22,6 +22,7 @@ from lightning_l2.schedules.feedback import FeedbackSchedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from lightning_l2.param_groups.parts import DecayGroup
@@ -47,6 +48,7 @@ class ScheduledDecay:
         memory: What a feedback schedule remembers, by the optimizer's number; it is changed in place.
         writes: Whether lambda is written into the groups, where a strategy leaves no other way.
         look: As of `Attachments`.
+        shards: As of `as_seen`.
 
     Raises:
         TypeError: If an optimizer has no step hooks.
@@ -73,6 +75,7 @@ class ScheduledDecay:
         memory: dict[int, dict[str, Any]] | None = None,
         writes: bool = False,
         look: Callable[[], Any] | None = None,
+        shards: Callable[[], Mapping[int, ProcessGroup]] | None = None,
     ) -> None:
         self.optimizers: list[Optimizer] = []
         self._schedule = schedule.over(length) if isinstance(schedule, Schedule) else schedule
@@ -81,6 +84,7 @@ class ScheduledDecay:
         self._values = values
         self._among = pattern_of(groups)
         self._memory = {} if memory is None else memory
+        self._shards = shards
         # DeepSpeed replaces no optimizer, and shows its groups one by one while it steps
         self._attached = Attachments(self._write if writes else self._attach, None if writes else look)
         self._groups: list[DecayGroups] = []
@@ -226,7 +230,7 @@ class ScheduledDecay:
         """Return an optimizer as a feedback schedule sees it, once it has looked; None if it has none of the groups."""
         if not isinstance(self._schedule, FeedbackSchedule):
             return None
-        view = as_seen(optimizer, self._among)
+        view = as_seen(optimizer, self._among, self._shards)
         if view.param_groups and id(optimizer) not in self._readable:
             self._schedule.check(view)
             self._readable.add(id(optimizer))

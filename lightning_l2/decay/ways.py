@@ -257,7 +257,9 @@ class OnWeights(Way):
         """Refuse an `independent` lambda above 1, at which a schedule arrives only after the first step."""
         if self.apply != "independent" or self._is_told:
             return
-        lambdas = [number(group.weight_decay) for group in self.groups.unnamed()]
+        ways = [self] if self.has_begun else self._of_all_optimizers()
+        self.has_begun = any(way.has_begun for way in ways)
+        lambdas = [number(group.weight_decay) for way in ways for group in way.groups.unnamed()]
         largest = max((value for value in lambdas if isinstance(value, float)), default=0.0)
         if largest > 1 and not self.has_begun:
             raise ValueError(
@@ -271,6 +273,10 @@ class OnWeights(Way):
                 f"The schedule has driven lambda to {largest:g}, and apply='independent' scales weights by 1 - lambda "
                 "each step: no step takes more than all of them. Give a smaller base, or another schedule."
             )
+
+    def _of_all_optimizers(self) -> list[OnWeights]:
+        ways = [self, *(one.way for one in self.groups.siblings if one is not self.groups)]
+        return [way for way in ways if isinstance(way, OnWeights) and way.apply == self.apply]
 
     def _limited(self, share: Share) -> Share:
         if self.apply != "independent":

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_l2.norms.squared import squared_norms
 from lightning_l2.param_groups.decay_groups import decay_groups_of
 from lightning_l2.rules.closest import meant
 from lightning_l2.rules.parameters import clean_name, describe_parameters, is_undecided
-from lightning_l2.sharding import flat_shards, group_members, has_flat_pieces, process_groups
+from lightning_l2.sharding import flat_shards, group_members, has_flat_pieces, is_sharded, process_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from torch import nn
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
@@ -129,6 +130,27 @@ def watch(
         include=include,
         holders=holders,
     )
+
+
+def frozen_squares(model: nn.Module, root: nn.Module | None = None) -> dict[str, float]:
+    """Return the squared L2 norms of the parameters that are frozen, by clean name, in one transfer.
+
+    Args:
+        model: The model.
+        root: The outermost module, where a strategy wrapped the model.
+
+    >>> frozen_squares(nn.LayerNorm(4, bias=False).requires_grad_(False))
+    {'weight': 4.0}
+    """
+    frozen = {clean_name(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    # frozen weights may be packed, as integers or in a tensor class of their own
+    frozen = {name: p for name, p in frozen.items() if p.is_floating_point() or p.is_complex()}
+    frozen = {name: p for name, p in frozen.items() if type(p) is nn.Parameter or is_sharded(p)}
+    if not frozen:
+        return {}
+    shards = flat_shards(model if root is None else root)
+    squares = squared_norms(list(frozen.values()), [shards.get(id(p)) for p in frozen.values()])
+    return dict(zip(frozen, squares.tolist(), strict=True))
 
 
 def regroup(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_l2.monitor.histograms import Histogram
-from lightning_l2.monitor.layers import Watched, check_include, regroup, signature, watch
+from lightning_l2.monitor.layers import Watched, check_include, frozen_squares, regroup, signature, watch
 from lightning_l2.monitor.measurement import WEIGHTS, Measurement, Step
 from lightning_l2.monitor.quantities import START, Quantity, logged, wanted
 from lightning_l2.optimizers.attachments import Attachments
@@ -51,7 +51,8 @@ class NormTracker:
 
     Args:
         options: What to measure.
-        initial: Squared norm of each parameter at the start of training by name; the first measurement fills it.
+        initial: Squared norm of each parameter at the start of training by name, of frozen ones too; the first
+            measurement fills it.
         start: The weights that training began with, for distances from them.
 
     Attributes:
@@ -79,7 +80,7 @@ class NormTracker:
         self._optimizers: Sequence[Optimizer] = ()
         self._holders: Sequence[Any] = ()
         self._hooks: list[_ReadingHook] = []
-        self._is_checked = False
+        self._is_checked = self._has_begun = False
 
     @property
     def step(self) -> int | None:
@@ -117,6 +118,9 @@ class NormTracker:
         readings = [reading for quantity in self._wanted for reading in quantity.reads]
         self._measurement = Measurement(step, watched, optimizers, readings, self._start)
         self._measurement.read_weights()
+        if self._options.keeps_initial and not self._has_begun:
+            self._initial.update(frozen_squares(model, root) | self._initial)
+        self._has_begun = True
         for number, optimizer in enumerate(optimizers):
             if is_hookable(optimizer):
                 self._hooks.append(_ReadingHook(self, number, optimizer))
@@ -126,11 +130,11 @@ class NormTracker:
         """Count what decay leaves of the weights, in each step of the optimizers from now on."""
         self._counts.follow([optimizer for optimizer in optimizers if is_hookable(optimizer)])
 
-    def left(self) -> dict[str, float]:
-        """Return what decay has left of the weights, by the names of the groups for which it is known."""
-        return {name: left for one in self._counts for name, left in one.left().items()}
+    def left(self) -> dict[str, float | None]:
+        """Return what decay has left of the weights, by the names of the groups; None where it is not known."""
+        return {name: left for one in self._counts for name, left in one.state_dict().items()}
 
-    def go_on(self, left: Mapping[str, float]) -> None:
+    def go_on(self, left: Mapping[str, float | None]) -> None:
         """Go on from what `left` returned at another time."""
         for one in self._counts:
             one.go_on(left)

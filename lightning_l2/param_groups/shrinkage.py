@@ -99,7 +99,7 @@ class Shrinkage(StepHook):
         self.told: set[str] = set()
         self._counts: list[Count] = []
         self._version = -1
-        self._restored: dict[str, float] = {}
+        self._restored: dict[str, float | None] = {}
 
     def remove(self) -> None:
         """Stop counting, if nobody else wants it."""
@@ -152,8 +152,12 @@ class Shrinkage(StepHook):
         """Return what decay has left of the weights, by the names of the groups for which it is known."""
         return {count.group.name: count.left for count in self.counts() if count.left is not None}
 
-    def go_on(self, left: Mapping[str, float]) -> None:
-        """Go on from what `left` returned at another time."""
+    def state_dict(self) -> dict[str, float | None]:
+        """Return what decay has left by the names of all groups, None where it is not known."""
+        return {count.group.name: count.left for count in self.counts()}
+
+    def go_on(self, left: Mapping[str, float | None]) -> None:
+        """Go on from what `state_dict` returned at another time."""
         self._counts, self._version, self._restored = [], -1, dict(left)
 
 

@@ -159,6 +159,19 @@ def test_sharded_parameters_are_measured_whole(tmp_path: Path) -> None:
                 assert actual == pytest.approx(expected, rel=1e-9)
 
 
+def test_what_fsdp1_has_cut_is_refused_and_what_it_has_left_whole_is_measured(tmp_path: Path) -> None:
+    """Two processes with the same data, against one."""
+    forked.ranks(sharded_adaptive.work_under_fsdp1, tmp_path)
+    for name, schedule in sharded_adaptive.SCHEDULES.items():
+        expected = sharded_adaptive.weights_after_a_fit(schedule)
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert "sums over whole tensors, but FSDP1 has flattened" in found[f"{name} FULL_SHARD"]
+            assert found[f"{name} NO_SHARD"].keys() == expected.keys()
+            for key, weight in expected.items():
+                assert found[f"{name} NO_SHARD"][key] == pytest.approx(weight, rel=1e-5, abs=1e-7), key
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts transfers from a GPU")
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=repr)
 @pytest.mark.parametrize("schedule", [AdaptiveDecay(), StableDecay()], ids=repr)

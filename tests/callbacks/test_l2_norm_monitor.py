@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.monitor import NormAlarms, NormOptions
-from tests.helpers import Net, ValidatedNet, data, fp16, make_trainer
+from tests.helpers import Net, ValidatedNet, batches, data, fp16, make_trainer
 
 EVERYTHING: dict[str, Any] = {
     "per": "parameter",
@@ -687,6 +687,39 @@ def test_initial_norms_survive_a_resume(tmp_path: Path) -> None:
     states = {k: v for k, v in checkpoint["callbacks"].items() if "L2NormMonitor" in k}
     assert len(states) == 1
     assert all(isinstance(v, float) for state in states.values() for v in state["initial_squares"].values())
+
+
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+def test_ratios_of_thawed_weights_are_to_the_norms_they_were_frozen_with(tmp_path: Path) -> None:
+    """They move in the first step of the second epoch, 8, and are logged from the next but one on."""
+
+    class Thaws(Net):
+        def on_train_epoch_start(self) -> None:
+            self.body.requires_grad_(self.current_epoch > 0)
+
+        on_train_start = on_train_epoch_start
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 9:
+                trainer.save_checkpoint(tmp_path / "9.ckpt")
+
+    def run(resume: Path | None = None) -> Rows:
+        torch.manual_seed(0)
+        rows = Rows()
+        monitor = L2NormMonitor(per="parameter", initial_ratio=True, every_n_steps=5)
+        trainer = make_trainer([monitor, Saves()], logger=rows, max_epochs=2)
+        trainer.fit(Thaws(), batches(8), ckpt_path=resume)
+        return rows
+
+    torch.manual_seed(0)
+    start = Net().body[0].weight.detach().norm().item()
+    whole, resumed = run(), run(tmp_path / "9.ckpt")
+    row = whole.rows[9]
+    assert "norm_ratio/body.0.weight" not in whole.rows[4]
+    assert row["norm_ratio/body.0.weight"] == pytest.approx(row["l2_norm/body.0.weight"] / start, rel=1e-6)
+    assert row["norm_ratio/body.0.weight"] != pytest.approx(1.0, abs=1e-4)
+    assert resumed.rows[9] == pytest.approx(row)
 
 
 def test_checkpoints_know_of_a_plain_monitor_what_decay_has_left(tmp_path: Path) -> None:

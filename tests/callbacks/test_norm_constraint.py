@@ -500,6 +500,21 @@ def test_early_stopping_can_monitor_before_the_first_logged_step(tmp_path: Path)
     assert not (Path(logger.log_dir) / "metrics.csv").exists()
 
 
+def test_early_stopping_can_monitor_lazy_parameters_within_the_first_window() -> None:
+    """A validation after the first batch, whose forward pass has given them their shapes."""
+
+    class Validated(LazyNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    stop = EarlyStopping("norm_constraint/slack", check_on_train_epoch_end=False, patience=99)
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    trainer = make_trainer([NormConstraint(9.0), stop], max_steps=1, **options)
+    model = Validated()
+    trainer.fit(model, batches(4), batches(1))
+    largest = max(model.body[0].weight.detach().norm().item(), model.head.weight.detach().norm().item())
+    assert trainer.callback_metrics["norm_constraint/slack"].item() == pytest.approx(9.0 - largest, rel=1e-6)
+
+
 def test_nothing_is_logged_or_monitored_at_every_0_steps() -> None:
     trainer = make_trainer([NormConstraint(0.5, every_n_steps=0)], log_every_n_steps=1)
     trainer.fit(Net(growing), batches(4))

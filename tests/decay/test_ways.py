@@ -10,6 +10,7 @@ from lightning_l2 import DecayRule
 from lightning_l2.decay.attach import attach_decay
 from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.optimizers.facts import step_size
+from lightning_l2.param_groups.decay_groups import decay_groups
 
 
 @pytest.mark.parametrize(("group", "expected"), [({"lr": 0.5}, 0.5), ({"lr": torch.tensor(0.25), "d": 4.0}, 1.0)])
@@ -83,3 +84,35 @@ def test_many_lambdas_act_each_by_itself(make: Any) -> None:
     assert len(optimizer.param_groups) == 1
     found = [parameter[0].item() for parameter in model]
     assert found == pytest.approx([1 - 0.5 * value for value in lambdas], rel=1e-12)
+
+
+def two() -> tuple[nn.ParameterDict, list[torch.optim.Optimizer]]:
+    """Two matrices of ones, each with a gradient of 0 and an optimizer of its own."""
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.ones(2, 2, dtype=torch.float64)) for name in ("first", "second")}
+    )
+    for parameter in model.values():
+        parameter.grad = torch.zeros_like(parameter)
+    return model, [torch.optim.SGD([parameter], lr=0.1) for parameter in model.values()]
+
+
+def test_independent_decay_of_more_than_everything_is_refused_before_any_of_several_optimizers_moves() -> None:
+    model, optimizers = two()
+    rules: Any = [DecayRule("second", pattern="second", multiplier=3.0), "default"]
+    decay = RuleDecay(model, optimizers, 0.5, rules=rules, apply="independent")
+    with pytest.raises(ValueError, match=r"got weight_decay=1\.5\. Give a value of at most 1"):
+        optimizers[0].step()
+    assert (model["first"] == 1).all()
+    decay.remove()
+
+
+def test_an_optimizer_that_begins_late_is_not_refused_for_what_a_schedule_has_come_to() -> None:
+    model, optimizers = two()
+    decay = RuleDecay(model, optimizers, 0.5, apply="independent")
+    optimizers[0].step()
+    for optimizer in optimizers:
+        decay_groups(optimizer).multiply(6.0)
+    with pytest.warns(UserWarning, match=r"has driven lambda to 3, and apply='independent'"):
+        optimizers[1].step()
+    assert not model["second"].any()
+    decay.remove()

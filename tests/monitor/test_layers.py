@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lightning_l2.monitor import NormOptions, NormTracker
-from lightning_l2.monitor.layers import signature, watch
+from lightning_l2.monitor.layers import frozen_squares, signature, watch
 
 
 def test_a_parameter_in_two_groups_counts_in_both_penalties_and_one_layer() -> None:
@@ -90,3 +90,10 @@ def test_a_tracker_sees_lazy_parameters_once_they_have_shapes() -> None:
     model(torch.zeros(1, 2))
     tracker.begin(1, model, [optimizer], None, 1)
     assert {"l2_norm/0", "l2_norm/1"} <= set(tracker.observe().metrics)
+
+
+def test_frozen_weights_that_nobody_can_read_have_no_norm() -> None:
+    model = nn.ModuleDict({"frozen": nn.LayerNorm(4), "trained": nn.LayerNorm(4)})
+    model["frozen"].requires_grad_(False)
+    model["packed"] = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)])
+    assert frozen_squares(model) == {"frozen.weight": 4.0, "frozen.bias": 0.0}

@@ -342,6 +342,17 @@ def test_holders_share_one_count_until_the_last_lets_go() -> None:
     assert third.left() == {"group0": pytest.approx(0.9)}
 
 
+def test_what_is_not_known_stays_unknown_when_it_goes_on() -> None:
+    """Adam's own coupled decay, which takes another share of each weight; before the first step it has taken none."""
+    optimizer = torch.optim.Adam([weight()], lr=0.1, weight_decay=1.0)
+    count = count_shrinkage(optimizer)
+    assert count.left() == {"group0": 1.0}
+    steps(optimizer, 1)
+    other = count_shrinkage(torch.optim.Adam([weight()], lr=0.1, weight_decay=1.0))
+    other.go_on(count.state_dict())
+    assert count.left() == other.left() == {}
+
+
 def test_it_lets_optimizers_go() -> None:
     import weakref
 

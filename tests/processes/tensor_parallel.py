@@ -1,11 +1,12 @@
 """What each process runs under tensor parallelism, alone and with FSDP2; `every_fit()` makes the same in one."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_l2 import L2NormMonitor, L2Penalty, NormConstraint, WeightDecay, WeightDecayScheduler
 from lightning_l2.adaptive import AdaptiveDecay, AlphaDecay, StableDecay
-from lightning_l2.constraints import InitialBound
+from lightning_l2.constraints import InflectionBound, InitialBound
+from lightning_l2.schedules import CosineSchedule
 from tests.processes.worker import Rows
 
 # by the name of the job: processes that share a tensor, processes that share the data, and what is left out
@@ -107,6 +109,40 @@ def scenarios() -> Iterator[tuple[str, list[pl.Callback], dict[str, Any]]]:
         yield rounding, [decay], {"optimizer": (torch.optim.SGD, {"lr": 0.02}), **still}
 
 
+def resumed_scenarios() -> dict[str, tuple[Callable[[], list[pl.Callback]], dict[str, Any]]]:
+    """Return what makes the callbacks of a training that is resumed after half of its steps, and options of `fit`."""
+
+    def decay(**options: Any) -> WeightDecay:
+        return WeightDecay(0.2, summary=False, **options)
+
+    def monitor() -> L2NormMonitor:
+        return L2NormMonitor(per="parameter", updates=True, initial_ratio=True)
+
+    def scheduled(schedule: Any) -> WeightDecayScheduler:
+        return WeightDecayScheduler(schedule)
+
+    def towards_start() -> list[pl.Callback]:
+        pulled = decay(apply="decoupled", towards="start")
+        return [pulled, scheduled(CosineSchedule(1.0, 0.0)), L2NormMonitor(per="parameter", distance=True)]
+
+    def constrained() -> list[pl.Callback]:
+        return [NormConstraint(InflectionBound(2), method="lagrangian", update_rate=0.1, log_each=True), monitor()]
+
+    still = {"dtype": torch.bfloat16, "optimizer": (torch.optim.SGD, {"lr": 0.02})}
+    return {
+        "schedule": (lambda: [decay(), scheduled(CosineSchedule(0.0, 1.0)), monitor()], {}),
+        "feedback": (lambda: [decay(apply="cautious"), scheduled(AdaptiveDecay()), monitor()], {}),
+        "towards start": (towards_start, {}),
+        "penalty": (
+            lambda: [L2Penalty(0.3, towards="start"), monitor()],
+            {"optimizer": (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9})},
+        ),
+        "accumulate": (lambda: [decay(apply="decoupled", rounding="accumulate"), monitor()], still),
+        "stochastic": (lambda: [decay(apply="decoupled", rounding="stochastic"), monitor()], still),
+        "constraint": (constrained, {}),
+    }
+
+
 ADAMW = (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1})
 
 
@@ -117,6 +153,7 @@ def fit(
     dtype: torch.dtype = torch.float64,
     steepness: float = 1.0,
     steps: int = 3,
+    resume: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Return what was logged, the whole weights, and the parts of them that this process holds."""
@@ -133,12 +170,12 @@ def fit(
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(one, Checkpoint) for one in callbacks),
         use_distributed_sampler=False,
         **{"devices": 1, **options},
     )
     words = torch.randint(0, 7, (16, 4), generator=torch.Generator().manual_seed(1))
-    trainer.fit(net, DataLoader(TensorDataset(words), batch_size=4))
+    trainer.fit(net, DataLoader(TensorDataset(words), batch_size=4), ckpt_path=resume)
     weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
     return {
         "rows": rows.rows,
@@ -158,6 +195,31 @@ def place(weight: Tensor) -> list[int]:
 def every_fit(sizes: tuple[int, int] | None = None, without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     fits = [one for one in scenarios() if one[0] not in without]
     return {name: fit(callbacks, sizes, **options) for name, callbacks, options in fits}
+
+
+class Saves(Checkpoint):
+    """A checkpoint after the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(self.path)
+
+
+def every_resume(sizes: tuple[int, int] | None, folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return of each scenario what two epochs show, and what the second one shows that goes on from a checkpoint."""
+    found = {}
+    for name, (make, options) in resumed_scenarios().items():
+        path = folder / f"{name}.ckpt"
+        whole = fit([*make(), Saves(path)], sizes, steps=8, **options)
+        found[name] = whole, fit(make(), sizes, steps=8, resume=path, **options)
+    return found
+
+
+def resume(rank: int, folder: Path) -> None:
+    torch.save(every_resume((2, 1), folder), folder / f"resumed-{rank}.pt")
 
 
 def work(rank: int, job: str, folder: Path) -> None:

@@ -35,6 +35,22 @@ def test_fits_are_those_of_one_process(job: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(weight, expected["weights"][key], rtol=1e-6, atol=1e-9, msg=f"{name} {key}")
 
 
+def test_resumed_trainings_are_the_whole_ones_bit_for_bit(tmp_path: Path) -> None:
+    """And the whole ones those of one process, where rounding is not random."""
+    forked.ranks(tensor_parallel.resume, tmp_path)
+    ranks = [torch.load(tmp_path / f"resumed-{rank}.pt", weights_only=False) for rank in range(2)]
+    (tmp_path / "alone").mkdir()
+    alone = tensor_parallel.every_resume(None, tmp_path / "alone")
+    for name, (expected, _) in alone.items():
+        for whole, resumed in (fits[name] for fits in ranks):
+            for key, weight in whole["weights"].items():
+                assert torch.equal(resumed["weights"][key], weight), (name, key)
+                if name not in ("accumulate", "stochastic"):
+                    torch.testing.assert_close(weight, expected["weights"][key], rtol=1e-6, atol=1e-9, msg=name)
+        whole, resumed = ranks[0][name]
+        assert resumed["rows"] == {step: row for step, row in whole["rows"].items() if step >= 4}, name
+
+
 def assert_same_rows(
     found: Mapping[int, Mapping[str, float]], expected: Mapping[int, Mapping[str, float]], name: str
 ) -> None:
