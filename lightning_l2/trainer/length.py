@@ -57,9 +57,10 @@ def total_steps(trainer: Any) -> int:
         if steps is not None:
             limits.append(steps)
     if not limits:
+        by_epoch = "" if epochs is None else f" or interval='epoch', since there are {epochs} epochs,"
         raise MisconfigurationException(
             f"The length of the training is unknown (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-            f"batches per epoch: {trainer.num_training_batches}). Give `total_steps`, or set `max_steps` or "
+            f"batches per epoch: {trainer.num_training_batches}). Give `total_steps`,{by_epoch} or set `max_steps` or "
             "`max_epochs` on the Trainer and use data with a length."
         )
     return min(limits)

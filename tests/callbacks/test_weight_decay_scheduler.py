@@ -27,7 +27,7 @@ from lightning_l2.schedules import (
     PlateauSchedule,
     Schedule,
 )
-from tests.helpers import DECAYED, DecayWatch, Net, Rows, Shrinking, batches, make_trainer
+from tests.helpers import DECAYED, DecayWatch, Net, Rows, Shrinking, batches, make_trainer, stream
 
 HEAD, BODY = "head.weight", "body.0.weight"
 
@@ -257,6 +257,19 @@ def test_the_length_comes_from_the_trainer_or_is_asked_for(options, message) -> 
         return
     with pytest.raises(MisconfigurationException, match=message):
         make_trainer([scheduler], **options).fit(model, batches(2))
+
+
+def test_epochs_are_counted_where_steps_cannot_be() -> None:
+    """Of data without a length, and the message says so."""
+
+    def fit(interval: Any) -> list[float]:
+        model, scheduler = ByHand(), WeightDecayScheduler(LinearSchedule(1.0, 2.0), interval=interval)
+        make_trainer([scheduler], max_epochs=2).fit(model, stream(2))
+        return model.watches[0].of(HEAD)
+
+    with pytest.raises(MisconfigurationException, match="`total_steps`, or interval='epoch', since there are 2 epochs"):
+        fit("step")
+    assert fit("epoch") == pytest.approx([0.4, 0.4, 0.8, 0.8], abs=1e-12)
 
 
 ABSOLUTE = {"values": "weight_decay"}
