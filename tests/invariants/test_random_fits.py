@@ -166,8 +166,8 @@ class Plan:
         self.accumulate = 1 if self.manual else pick([1, 1, 2, 3])
         self.steps = math.ceil(BATCHES / self.accumulate) * EPOCHS
         if not self.manual:
-            # Lightning refuses to clip for fused optimizers under mixed precision
-            self.trainer |= {} if "fused" in self.optimizers else pick(CLIPPING)
+            # Lightning refuses to clip for fused optimizers under mixed precision; LBFGS runs away on clipped gradients
+            self.trainer |= {} if self.optimizers[0] in ("fused", "LBFGS") else pick(CLIPPING)
             self.trainer |= {"accumulate_grad_batches": self.accumulate}
             if flip() < 0.3:
                 self.steps = max(2, self.steps - 1)
