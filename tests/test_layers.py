@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 FLOORS = [
     *("__main__", "__init__", "mixin", "callbacks", "cli", "search", "monitor", "decay", "adaptive", "metrics"),
     *("constraints", "param_groups", "plots", "trainer", "schedules", "rules", "norms", "convert", "optimizers"),
-    *("sharding", "arguments", "extras"),
+    *("sharding", "complaints", "arguments", "extras"),
 ]
 MATHEMATICS = {"arguments", "schedules", "convert"}  # plain numbers: no torch
 KNOW_LIGHTNING = {"__init__", "__main__", "mixin", "callbacks", "cli", "search", "trainer"}

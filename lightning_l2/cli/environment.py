@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning_l2.complaints import in_short
 from lightning_l2.extras import brought_by
 from lightning_l2.trainer.callback import Callback, callbacks_of_trainer_in_the_making
 
@@ -40,11 +41,18 @@ def callbacks_from_environment() -> list[Any]:
         from jsonargparse import ArgumentParser
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback], required=True)
+    is_parsed = False
     try:
         configuration = parser.parse_path(path)
+        is_parsed = True
         callbacks = list(parser.instantiate(configuration).callbacks)
     except Exception as error:
-        raise ValueError(f"{VARIABLE}: the file {path!r} can't be read as a list `callbacks`: {error}") from error
+        text = str(error).strip()
+        told = in_short(text)
+        if told == text and not is_parsed:
+            told = f"{text.removesuffix('.')}. Begin it with `callbacks:` and the list that LightningCLI has under "
+            told += "`trainer.callbacks`."
+        raise ValueError(f"{VARIABLE}: the file {path!r} can't be read as a list `callbacks`. {told}") from error
     for callback in callbacks:
         setattr(callback, _MARK, True)
     return callbacks

@@ -70,7 +70,23 @@ def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         callbacks_from_environment()
 
 
-def test_a_wrong_file_is_named(config: Path) -> None:
-    config.write_text("callbacks:\n  - class_path: lightning_l2.WeightDecoy\n")
-    with pytest.raises(ValueError, match=r"(?s)can.t be read as a list `callbacks`.*WeightDecoy"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "callbacks:\n  - lightning_l2.WeightDecoy\n",
+            "Did you mean 'lightning_l2.WeightDecay'?",
+        ),
+        ("callbacks:\n  - {class_path: lightning_l2.WeightDecay, init_args: {rules: defualt}}\n", "mean 'default'?"),
+        ("trainer:\n  callbacks:\n    - lightning_l2.WeightDecay\n", "'trainer.callbacks' is not accepted. Begin it"),
+        ("- lightning_l2.WeightDecay\n", "Begin it with `callbacks:` and the list that LightningCLI has under"),
+        ("", "Begin it with `callbacks:` and the list that LightningCLI has under `trainer.callbacks`."),
+        ("callbacks: [", "Problems parsing config: while parsing"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_way_out(text: str, told: str, config: Path) -> None:
+    config.write_text(text)
+    with pytest.raises(ValueError, match=r"the file '.*' can't be read as a list `callbacks`\. ") as error:
         callbacks_from_environment()
+    assert told in str(error.value)
+    assert str(error.value).endswith((".", "?"))

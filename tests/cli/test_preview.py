@@ -53,10 +53,13 @@ def test_preview_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     ("text", "message"),
     [
         ("trainer: [1", "'wrong.yaml' is no YAML"),
-        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "'wrong.yaml': there is no schedule 'CosinSchedule'"),
-        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "The closest is 'CosineSchedule'."),
-        (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "'wrong.yaml': "),
-        (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "'strat' is not accepted"),
+        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "'wrong.yaml': `schedule`: there is no class "),
+        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "mean 'lightning_l2.schedules.CosineSchedule'?\n"),
+        (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "has no 'strat'. Did you mean 'start'?"),
+        (
+            SCHEDULED.format("CosineSchedule", "start: 1, end: 2").replace("{schedule", "{groups: [a], schedule"),
+            "'wrong.yaml': Expected `groups` to be str | None, got ['a'].\n",
+        ),
         (
             SCHEDULED.format("CosineSchedule", "start: -1, end: 2"),
             "`start` to be finite and at least 0, got -1",
