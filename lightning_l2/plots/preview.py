@@ -98,7 +98,8 @@ def _draw(files: Sequence[Path]) -> Figure:
         )
     drawn = [one for one in zip(schedulers, schedules, taken, strict=True) if _is_drawn(one[1])]
     are_known = all(groups is not None for _, _, groups in drawn)
-    curves, weight_decay = {}, {}
+    curves: dict[str, Schedule] = {}
+    weight_decay: dict[str, float] = {}
     for scheduler, schedule, groups in drawn:
         # without lambda there is only the multiplier, of groups that are known by what takes them
         bases = groups if are_known and groups is not None else {scheduler.get("groups") or "multiplier": 1.0}

@@ -28,6 +28,9 @@ from lightning_l2 import L2NormMonitor, WeightDecay
 from lightning_l2.monitor import NormAlarms, NormOptions
 from tests.helpers import Net, ValidatedNet, data, fp16, make_trainer
 
+# Most of these look at what is measured, with or without a logger.
+pytestmark = pytest.mark.filterwarnings("ignore:L2NormMonitor.* needs a logger")
+
 EVERYTHING: dict[str, Any] = {
     "per": "parameter",
     "rms": True,
@@ -43,7 +46,10 @@ EVERYTHING: dict[str, Any] = {
 
 
 class Rows(Logger):
+    """Keeps rows of numbers, and takes histograms without keeping them."""
+
     name, version = "rows", 0
+    experiment = types.SimpleNamespace(add_histogram_raw=lambda *args, **kwargs: None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -451,9 +457,38 @@ def test_a_float64_training_that_diverges_goes_on() -> None:
     assert all(math.isnan(row["angular_update/head.weight"]) for row in rows.rows.values())
 
 
-def test_loggers_without_histograms_get_none() -> None:
-    rows, _, _ = fit(L2NormMonitor(histograms=1))
+class Plain(Rows):
+    """Takes no histograms."""
+
+    experiment = None
+
+
+def test_loggers_without_histograms_get_none_and_that_is_told() -> None:
+    rows = Plain()
+    with pytest.warns(UserWarning, match=r"\(histograms=3\) needs a logger that .* got Plain, so none are shown"):
+        fit(L2NormMonitor(histograms=3), logger=rows)
     assert not any(key.startswith("weights/") for row in rows.rows.values() for key in row)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "L2NormMonitor")
+        fit(L2NormMonitor(histograms=3), logger=[Plain(), Rows()])
+
+
+@pytest.mark.parametrize("option", ["histograms", "spectra"])
+def test_what_no_logger_gets_is_told(option: str) -> None:
+    with pytest.warns(UserWarning, match=rf"\({option}=2\) needs a logger.*, got none, so .* leave the option out"):
+        fit(L2NormMonitor(**{option: 2}), logger=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "L2NormMonitor")
+        fit(L2NormMonitor(**{option: 2}), logger=False, fast_dev_run=2)
+
+
+def test_an_interval_longer_than_the_training_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"\(every_n_steps=9\) logs nothing in a training of 8 steps. Give at most 8"):
+        fit(L2NormMonitor(every_n_steps=9))
+    rows, _, _ = fit(L2NormMonitor(every_n_steps=8))
+    assert list(rows.rows) == [7]
+    fit(L2NormMonitor(every_n_steps=9), logger=False)
+    fit(L2NormMonitor(every_n_steps=9), logger=False, fast_dev_run=2)
 
 
 def labels(row: dict[str, float], prefix: str = "l2_norm") -> set[str]:

@@ -279,6 +279,7 @@ NO_BASE: dict[str, Callable[[], list[pl.Callback]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* acts on nothing")
 @pytest.mark.parametrize("case", NO_BASE)
 def test_absolute_lambdas_over_nothing_are_an_error(case: str) -> None:
     """Before the first step, with the way out: a lambda for WeightDecay."""
@@ -481,3 +482,12 @@ def test_what_is_no_number_is_an_error_that_names_the_schedule() -> None:
         make_trainer([WeightDecayScheduler(Returning("half"))]).fit(model, batches(2))
     assert type(error.value).__name__ in {"TypeError", "ValueError", "MisconfigurationException"}
     assert model.watches[0].steps == []
+
+
+def test_a_schedule_by_epoch_over_one_epoch_is_told() -> None:
+    """Progress is 0 in all of it."""
+    callbacks = [WeightDecay(0.1, summary=False), WeightDecayScheduler(LinearSchedule(2.0, 1.0), interval="epoch")]
+    with pytest.warns(
+        UserWarning, match=r"\(interval='epoch'\) has 1 epoch, so lambda stays at .* 2 \(multiplier\)\. Leave"
+    ):
+        make_trainer(callbacks, max_epochs=1).fit(Shrinking(), batches(4))
