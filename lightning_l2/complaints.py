@@ -170,5 +170,7 @@ def _meant(path: str) -> Iterator[str]:
 
 
 def _types(text: str) -> str:
+    """Return types as they are written in code, None at the end, where older versions have it first."""
     short = re.sub(r"<class '(.*?)'>", r"\1", text).replace("NoneType", "None")
-    return re.sub(r"\b[a-z]\w*\.", "", re.sub(r",\s(?![^[]*\])", " | ", short))
+    types = re.split(r",\s(?![^[]*\])", re.sub(r"\b[a-z]\w*\.", "", short))
+    return " | ".join(sorted(types, key=lambda name: name == "None"))

@@ -101,7 +101,7 @@ def decay(**arguments: Any) -> dict[str, Any]:
         (
             entry(SCHEDULER, schedule={"class_path": SCHEDULE, "start": 1.0, "end": 2.0}),
             f"`callbacks`: {SCHEDULER}: `schedule`: ",
-            "is abstract. The arguments of a class stand under `init_args`, beside its class_path.",
+            "he arguments of a class stand under `init_args`, beside its class_path.",
         ),
         (decay(rules="defualt"), "There is no preset 'defualt'. Did you mean 'default'?", "."),
         (decay(rules=[{"name": "a", "pattern": "*.b"}]), "Expected `pattern` of rule 'a' to be", r"is '\\.b$'."),
