@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(tmp_path: 
         (["--model_class=nowhere.Model"], "There is no class 'nowhere.Model'"),
         (["--cli=tests.cli.project.Nothing"], "There is no class 'tests.cli.project.Nothing'"),
         (["--search.trails=3"], "unrecognized arguments: --search.trails=3. Closest options: --search.trials, --"),
-        (["--search.mode=least"], 'Parser key "search.mode": Expected a'),
+        (["--search.mode=least"], "Expected `search.mode` to be one of 'min', 'max', got 'least'."),
         (["--model.hidden=many"], "error: "),
     ],
 )
