@@ -180,6 +180,7 @@ def lambdas(callbacks: list[Any], model: Any = None, **options: Any) -> Shrinkin
     return model
 
 
+@pytest.mark.filterwarnings("ignore:WeightDecay.* acts on nothing")
 @pytest.mark.parametrize(
     ("rules", "head", "body"),
     [
@@ -211,6 +212,7 @@ def test_values_stand_for_the_base_that_was_configured(rules: Any, head: Any, bo
     assert model.watches[0].of(BODY) == pytest.approx(body, rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:WeightDecay.* acts on nothing")
 @pytest.mark.parametrize("groups", ["head", None])
 def test_values_of_one_group_stand_for_its_own_base(groups: str | None) -> None:
     rules = ["exempt", DecayRule("head", pattern="^head", weight_decay=0.5), DecayRule("rest", weight_decay=0.25)]
