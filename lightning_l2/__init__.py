@@ -1,5 +1,6 @@
 """Weight decay per parameter group, scheduled, measured and constrained, for LightningModules nobody has to edit."""
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,19 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_meant(name)}") from None
     globals()[name] = found
     return found
+
+
+def _meant(name: str) -> str:
+    """Return in words which class may be meant, and where it is."""
+    if not name[:1].isupper():
+        return ""
+    wings = ("schedules", "adaptive", "constraints", "convert", "monitor", "metrics", "decay")
+    places = {known: f"{__name__}.{wing}" for wing in wings for known in dir(import_module(f"{__name__}.{wing}"))}
+    close = get_close_matches(name, places | dict.fromkeys(__all__, __name__), n=1)
+    return f". Did you mean '{places.get(close[0], __name__)}.{close[0]}'?" if close else ""
 
 
 def __dir__() -> list[str]:

@@ -17,8 +17,22 @@ def test_names_and_wings_are_there_without_an_import_of_their_own() -> None:
         assert found.__name__ == name
         assert getattr(import_module(found.__module__), name) is found
     assert lightning_l2.schedules is import_module("lightning_l2.schedules")
-    with pytest.raises(AttributeError, match="module 'lightning_l2' has no attribute 'WeightDecai'"):
-        lightning_l2.WeightDecai  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("WeightDecai", ". Did you mean 'lightning_l2.WeightDecay'?"),
+        ("CosineSchedule", ". Did you mean 'lightning_l2.schedules.CosineSchedule'?"),
+        ("Timescales", ". Did you mean 'lightning_l2.convert.Timescale'?"),
+        ("Xyz", ""),
+        ("weight_decai", ""),
+    ],
+)
+def test_a_name_that_is_not_there_is_answered_with_the_one_that_may_be_meant(name: str, meant: str) -> None:
+    with pytest.raises(AttributeError) as error:
+        getattr(lightning_l2, name)
+    assert str(error.value) == f"module 'lightning_l2' has no attribute {name!r}{meant}"
 
 
 def test_a_mistyped_file_does_not_cost_the_seconds_of_lightning() -> None:

@@ -17,6 +17,7 @@ from lightning_l2.monitor.layers import Per
 from lightning_l2.monitor.options import NormOptions
 from lightning_l2.monitor.tracker import NormTracker
 from lightning_l2.trainer.clock import ends_step
+from lightning_l2.trainer.length import known_steps
 from lightning_l2.trainer.logging import log_metrics, log_step, logging_interval
 from lightning_l2.trainer.monitored import MonitoredCallback
 from lightning_l2.trainer.optimizers import bare_optimizers, optimizers_in_use, splits_early, tell_of_gradients
@@ -162,6 +163,7 @@ class L2NormMonitor(MonitoredCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh, with the optimizers that this fit has."""
         super().on_train_start(trainer, pl_module)
+        self._tell_of_loss(trainer)
         self._fit = NormTracker(self.options, self._initial, self._start)
         self._fit.count(optimizers_in_use(trainer))
         if self._left:
@@ -237,6 +239,22 @@ class L2NormMonitor(MonitoredCallback):
         """Have totals ready for callbacks that monitor them, also within the first accumulation window."""
         if self._fit is not None and self._fit.step is not None and "l2_norm/total" not in trainer.callback_metrics:
             self._send(trainer, {}, self._offer(self._fit.peek(), is_logged=False))
+
+    def _tell_of_loss(self, trainer: pl.Trainer) -> None:
+        """Tell of what is asked for and reaches nobody; a trial run mutes its loggers."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        options, loggers = self.options, [type(logger).__name__ for logger in trainer.loggers]
+        if options.histograms is not None and not any(map(takes_histograms, trainer.loggers)):
+            rank_zero_info(
+                f"L2NormMonitor(histograms={options.histograms}) shows none, since no logger takes histograms, of "
+                f"{', '.join(loggers) or 'none'}. Give the Trainer a TensorBoardLogger or a WandbLogger."
+            )
+        if options.spectra is not None and not loggers:
+            rank_zero_info(f"L2NormMonitor(spectra={options.spectra}) shows none, since the Trainer has no logger.")
+        interval, steps = options.every_n_steps, known_steps(trainer)
+        if loggers and interval is not None and steps is not None and interval > steps:
+            rank_zero_info(f"L2NormMonitor(every_n_steps={interval}) logs nothing in a training of {steps} steps.")
 
     def _finish_late(self, trainer: pl.Trainer) -> None:
         # a step is over, and no optimizer had made it at its batch's end

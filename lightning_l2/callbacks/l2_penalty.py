@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_l2.arguments import check_at_least, check_choice, check_types
 from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.penalty import L2Objective, Penalised
-from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, expect_start
+from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, check_start_device, expect_start
 from lightning_l2.param_groups.decay_groups import decay_groups
-from lightning_l2.rules.assign import assign_rules, resolve_rules, rules_by_parameter
+from lightning_l2.rules.assign import assign_rules, check_without_optimizers, resolve_rules, rules_by_parameter
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule, check_weight_decay
 from lightning_l2.sharding import flat_shards
@@ -89,8 +89,10 @@ class L2Penalty(MonitoredCallback):
         if not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "L2Penalty's `weight_decay`")
         check_at_least(0, every_n_steps=every_n_steps)
+        check_without_optimizers(self.rules, "L2Penalty")
         check_choice(get_args(Towards), towards=towards)
         check_choice(get_args(StartDevice), start_device=start_device)
+        check_start_device(start_device, towards, self.rules)
         self.weight_decay = weight_decay
         self.towards = towards
         self.start_device = start_device

@@ -14,7 +14,7 @@ from lightning_l2.constraints.bounds import Bound, FixedBound, InitialBound
 from lightning_l2.constraints.held import Memory
 from lightning_l2.constraints.methods import method_of
 from lightning_l2.constraints.selection import names_of_constrained
-from lightning_l2.rules.assign import assign_rules, resolve_rules
+from lightning_l2.rules.assign import assign_rules, check_without_optimizers, resolve_rules
 from lightning_l2.rules.parameters import is_undecided
 from lightning_l2.rules.rule import DecayRule
 from lightning_l2.sharding import flat_shards
@@ -113,6 +113,7 @@ class NormConstraint(MonitoredCallback):
         self.rules = resolve_rules(rules)
         check_types(NormConstraint, locals() | {"rules": self.rules})
         check_at_least(0, every_n_steps=every_n_steps)
+        check_without_optimizers(self.rules, "NormConstraint")
         if not name:
             raise ValueError("Expected `name` to be the prefix of the logged keys, got ''. Leave it out, or give one.")
         self._method = method_of(method, update_rate)

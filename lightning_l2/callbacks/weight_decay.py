@@ -15,7 +15,7 @@ from lightning_l2.decay.attach import Apply, check_options
 from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.decay.early import EarlySplit
 from lightning_l2.decay.rounding import Rounding
-from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, expect_start
+from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, check_start_device, expect_start
 from lightning_l2.param_groups.resume import OnResume, Resuming
 from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
 from lightning_l2.rules.assign import decayed_exemptions, resolve_rules
@@ -101,6 +101,7 @@ class WeightDecay(Callback):
         check_choice((True, False, "parameters"), summary=summary)
         check_choice(get_args(Towards), towards=towards)
         check_choice(get_args(StartDevice), start_device=start_device)
+        check_start_device(start_device, towards, self.rules)
         check_options(apply, before_clipping, peak_lr, rounding)
         self.weight_decay = weight_decay
         self.apply = apply
@@ -163,6 +164,12 @@ class WeightDecay(Callback):
             )
         if not is_undecided(pl_module):
             _warn_of_decayed(decayed_exemptions(pl_module, self.rules, trainer.model, bare_optimizers(trainer)))
+        if self.weight_decay and not any(rule.follows_base for rule in self.rules):
+            given = ", ".join(f"{rule.resolve(0.0):g} by {rule.name!r}" for rule in self.rules)
+            rank_zero_info(
+                f"WeightDecay's weight_decay={self.weight_decay} acts on nothing, since no rule multiplies it. They "
+                f"give {given}."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide after every restore; lazy parameters have to wait for their shape."""

@@ -6,6 +6,8 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_l2.arguments import check_at_least, check_choice, check_types
 from lightning_l2.decay.schedule_checks import pattern_of
 from lightning_l2.decay.scheduled import ScheduledDecay
@@ -116,6 +118,11 @@ class WeightDecayScheduler(Callback):
         length = 1
         if isinstance(self.schedule, Schedule):
             length = self.total_steps or (total_epochs(trainer) if self.interval == "epoch" else total_steps(trainer))
+            if length == 1 and self.interval == "epoch":
+                rank_zero_info(
+                    f"WeightDecayScheduler(interval='epoch') has 1 epoch, so lambda stays at its first value, "
+                    f"{self.schedule(0.0):g} ({self.values}). Leave `interval` out to change it in each step."
+                )
         reads_metric = isinstance(self.schedule, FeedbackSchedule) and self.schedule.reads == "metric"
         metric = getattr(self.schedule, "monitor", None) if reads_metric else None
         self._watch = MetricWatch(metric, type(self.schedule).__name__)

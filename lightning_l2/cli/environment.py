@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_l2.extras import brought_by
+from lightning_l2.extras import brought_by, in_short
 from lightning_l2.trainer.callback import Callback, callbacks_of_trainer_in_the_making
 
 VARIABLE = "LIGHTNING_L2_CONFIG"
@@ -41,10 +41,12 @@ def callbacks_from_environment() -> list[Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback], required=True)
     try:
-        configuration = parser.parse_path(path)
-        callbacks = list(parser.instantiate(configuration).callbacks)
+        callbacks = list(parser.instantiate(parser.parse_path(path)).callbacks)
     except Exception as error:
-        raise ValueError(f"{VARIABLE}: the file {path!r} can't be read as a list `callbacks`: {error}") from error
+        raise ValueError(
+            f"{VARIABLE}: the file {path!r} can't be read as `callbacks:` and the list that LightningCLI has under "
+            f"`trainer.callbacks`: {in_short(str(error))}"
+        ) from error
     for callback in callbacks:
         setattr(callback, _MARK, True)
     return callbacks

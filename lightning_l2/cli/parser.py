@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from lightning_l2.extras import brought_by
+from lightning_l2.extras import brought_by, in_short
 
 
 def import_class(path: str) -> Any:
@@ -38,13 +38,13 @@ def explain(message: str, absent: Sequence[str], parser: Any) -> str:
         return f"{message}. Closest options: {', '.join(f'--{name}' for name in close) or 'none'}."
     missing = [name for name in absent if re.search(rf'(key "|fit\.){name}', message)]
     if not missing:
-        return message
+        return in_short(message)
     options = " and ".join(
         f"--{name}_class package.module.Class" for name in (absent if "model" in missing else missing)
     )
     return (
-        f"{message}\nWhere the program names its classes itself, as LightningCLI(Model, Data) or MyCLI(Model, Data) "
-        f"does, so that the configuration has no class_path, give them here too: {options}."
+        f"{in_short(message)}\nWhere the program names its classes itself, as LightningCLI(Model, Data) or "
+        f"MyCLI(Model, Data) does, so that the configuration has no class_path, give them here too: {options}."
     )
 
 

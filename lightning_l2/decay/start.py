@@ -24,12 +24,37 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
+    from lightning_l2.rules.rule import DecayRule
+
 Towards: TypeAlias = Literal["zero", "start"]
 StartDevice: TypeAlias = Literal["same", "cpu"]
 Watch: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 
 # Norms of the same weights differ by less, on whatever device and over however many processes they are summed.
 _TOLERANCE = 1e-5
+
+
+def check_start_device(device: StartDevice, towards: Towards, rules: Iterable[DecayRule]) -> bool:
+    """Return whether anything goes towards the start, and refuse to say where a copy is that nobody needs.
+
+    Args:
+        device: Where the copy is to be.
+        towards: What weights go towards whose rule doesn't say.
+        rules: The rules.
+
+    Raises:
+        ValueError: If nothing goes there, and the device isn't the one by default.
+
+    >>> check_start_device("cpu", "start", [])
+    True
+    """
+    is_needed = towards == "start" or any(rule.towards == "start" for rule in rules)
+    if device != "same" and not is_needed:
+        raise ValueError(
+            f"`start_device` goes with towards='start', got start_device={device!r} and towards={towards!r}, also in "
+            "every rule. Leave it out."
+        )
+    return is_needed
 
 
 class Start:

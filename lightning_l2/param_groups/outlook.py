@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _IS_DISTORTED = 8
 # Where eta * lambda * steps is below this, decay changes the weights by less than a hundredth.
 _IS_FELT = 0.01
+# Where eta * lambda is from this on, weights are forgotten within ten steps.
+_IS_FORGOTTEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,18 @@ class Outlook:
             )
 
     def remark(self) -> str | None:
-        """Say that decay changes almost nothing over the training, if it does; None else."""
-        if not self.share or not self.steps or self.share * self.steps >= _IS_FELT or self.is_lost:
+        """Say that decay changes almost nothing over the training, or lets few steps count, if so; None else."""
+        if not self.share or not self.steps or self.is_lost:
             return None
         changes = self.share * self.steps
+        if _IS_FORGOTTEN <= self.share < 1 < changes:
+            return (
+                f"Weight decay forgets the weights of group {self.group!r} within {1 / self.share:.2g} of {self.steps} "
+                f"steps (eta * lambda = {self.share:.2g}); a lambda of {self.largest / changes:.2g} would act over the "
+                "whole training."
+            )
+        if changes >= _IS_FELT:
+            return None
         return (
             f"Weight decay changes the weights of group {self.group!r} by {100 * changes:.2g} % over the whole "
             f"training (eta * lambda * steps = {changes:.2g}); a lambda of {self.largest / changes:.2g} "

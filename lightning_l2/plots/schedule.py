@@ -19,7 +19,7 @@ POINTS = 1001
 
 
 def plot_schedule(
-    schedule: Schedule,
+    schedule: Schedule | Mapping[str, Schedule],
     *,
     weight_decay: Mapping[str, float] | None = None,
     steps: int | None = None,
@@ -32,7 +32,7 @@ def plot_schedule(
     With the peak $\eta$ of the learning rate, decay leaves at least $\prod_t (1 - \eta \lambda_t)$.
 
     Args:
-        schedule: A function of progress, 0 at the first optimizer step and 1 at the last one.
+        schedule: A function of progress, 0 at the first optimizer step and 1 at the last one; or one for each group.
         weight_decay: Base lambda of each group, by the group's name; without it the multiplier itself is drawn.
         steps: Length of the training in optimizer steps, for the horizontal axis.
         epochs: Length of the training in epochs, for the horizontal axis where `steps` is not given.
@@ -54,17 +54,18 @@ def plot_schedule(
     check_at_least(1, steps=steps, epochs=epochs)
     if per_epoch and epochs is None:
         raise ValueError("A schedule by epoch needs their number: give `epochs`.")
-    name = type(schedule).__name__
+    groups = dict.fromkeys(schedule, 1.0) if isinstance(schedule, Mapping) else {"multiplier": 1.0}
+    groups = groups if weight_decay is None else dict(weight_decay)
+    schedules = {group: schedule[group] if isinstance(schedule, Mapping) else schedule for group in groups}
+    name = ", ".join(dict.fromkeys(type(one).__name__ for one in schedules.values()))
     unit, length = _axis(steps, epochs)
     if (count := epochs if per_epoch else steps) is not None:
-        schedule = schedule.over(count)
+        schedules = {group: one.over(count) for group, one in schedules.items()}
     progress = [index / (POINTS - 1) for index in range(POINTS)]
     at = [length * point for point in progress]
     if per_epoch and epochs is not None:
         progress = [min(math.floor(point * epochs), epochs - 1) / max(epochs - 1, 1) for point in progress]
-    multipliers = [schedule(point) for point in progress]
-    groups = {"multiplier": 1.0} if weight_decay is None else weight_decay
-    curves = {name: (at, [base * multiplier for multiplier in multipliers]) for name, base in groups.items()}
+    curves = {group: (at, [base * schedules[group](point) for point in progress]) for group, base in groups.items()}
     shows_left = lr is not None and steps is not None and weight_decay is not None
     figure, (axes, *below) = stacked_axes([2.6, 1.8] if shows_left else [2.6])
     from matplotlib.ticker import AutoLocator

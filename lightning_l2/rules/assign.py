@@ -71,6 +71,26 @@ def resolve_rules(rules: Rules = "default") -> tuple[DecayRule, ...]:
     return tuple(resolved)
 
 
+def check_without_optimizers(rules: Sequence[DecayRule], owner: str) -> None:
+    """Refuse rules that ask for a group or an optimizer, where parameters are taken whichever optimizer has them.
+
+    Args:
+        rules: The rules.
+        owner: Who is to have them, for the message.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for rule in rules:
+        if rule.asks_optimizers:
+            given = rule.conditions()
+            asked = " and ".join(f"{name}={given[name]!r}" for name in ("group", "optimizer") if name in given)
+            raise ValueError(
+                f"Rule {rule.name!r} of {owner} asks for {asked}, which only WeightDecay can tell: {owner} takes "
+                "parameters whichever optimizer has them. Say which by `pattern` or `modules`."
+            )
+
+
 def rules_by_parameter(
     model: nn.Module, rules: Rules = "default", root: nn.Module | None = None
 ) -> list[tuple[str, nn.Parameter, DecayRule]]:

@@ -451,9 +451,32 @@ def test_a_float64_training_that_diverges_goes_on() -> None:
     assert all(math.isnan(row["angular_update/head.weight"]) for row in rows.rows.values())
 
 
-def test_loggers_without_histograms_get_none() -> None:
-    rows, _, _ = fit(L2NormMonitor(histograms=1))
+def test_loggers_without_histograms_get_none_and_that_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows, _, _ = fit(L2NormMonitor(histograms=3))
     assert not any(key.startswith("weights/") for row in rows.rows.values() for key in row)
+    assert "L2NormMonitor(histograms=3) shows none, since no logger takes histograms, of Rows. Give" in caplog.text
+
+
+class WithHistograms(Rows):
+    experiment = types.SimpleNamespace(add_histogram_raw=lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "told"),
+    [
+        ({"histograms": 2}, {"logger": [Rows(), WithHistograms()]}, ""),
+        ({"histograms": 2}, {"logger": False}, "L2NormMonitor(histograms=2) shows none, since no logger takes"),
+        ({"spectra": 2}, {"logger": False}, "L2NormMonitor(spectra=2) shows none, since the Trainer has no logger."),
+        ({"spectra": 2, "histograms": 2}, {"logger": False, "fast_dev_run": 2}, ""),
+        ({"every_n_steps": 9}, {}, "L2NormMonitor(every_n_steps=9) logs nothing in a training of 8 steps."),
+        ({"every_n_steps": 8}, {}, ""),
+        ({"every_n_steps": 9}, {"logger": False}, ""),
+    ],
+)
+def test_what_reaches_nobody_is_told(options: Any, trainer: Any, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    fit(L2NormMonitor(**options), **trainer)
+    assert told in caplog.text
+    assert ("L2NormMonitor(" in caplog.text) is bool(told)
 
 
 def labels(row: dict[str, float], prefix: str = "l2_norm") -> set[str]:

@@ -471,3 +471,13 @@ def test_a_rollback_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     plain.load_state_dict(torch.load(tmp_path / "good.ckpt", weights_only=True)["state_dict"])
     make_trainer().fit(plain, batches(3))
     assert_same_weights(model, plain)
+
+
+def test_a_base_that_no_rule_follows_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    rules = [DecayRule("head", pattern="head.weight", weight_decay=0.2), DecayRule("rest", multiplier=0.0)]
+    make_trainer([WeightDecay(rules=rules, summary=False)]).fit(Net(), data())
+    make_trainer([WeightDecay(DECAY, rules=[rules[0], "default"], summary=False)]).fit(Net(), data())
+    assert "acts on nothing" not in caplog.text
+    make_trainer([WeightDecay(DECAY, rules=rules, summary=False)]).fit(Net(), data())
+    told = "weight_decay=0.3 acts on nothing, since no rule multiplies it. They give 0.2 by 'head', 0 by 'rest'."
+    assert told in caplog.text

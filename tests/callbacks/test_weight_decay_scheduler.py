@@ -494,3 +494,11 @@ def test_what_is_no_number_is_an_error_that_names_the_schedule() -> None:
         make_trainer([WeightDecayScheduler(Returning("half"))]).fit(model, batches(2))
     assert type(error.value).__name__ in {"TypeError", "ValueError", "MisconfigurationException"}
     assert model.watches[0].steps == []
+
+
+def test_a_schedule_by_epoch_over_one_epoch_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Progress is 0 in all of it."""
+    callbacks = [WeightDecay(0.1, summary=False), WeightDecayScheduler(LinearSchedule(2.0, 1.0), interval="epoch")]
+    make_trainer(callbacks, max_epochs=1).fit(Shrinking(), batches(4))
+    told = "WeightDecayScheduler(interval='epoch') has 1 epoch, so lambda stays at its first value, 2 (multiplier)."
+    assert told in caplog.text

@@ -70,7 +70,21 @@ def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         callbacks_from_environment()
 
 
-def test_a_wrong_file_is_named(config: Path) -> None:
-    config.write_text("callbacks:\n  - class_path: lightning_l2.WeightDecoy\n")
-    with pytest.raises(ValueError, match=r"(?s)can.t be read as a list `callbacks`.*WeightDecoy"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("callbacks:\n  - lightning_l2.WeightDecoy\n", "Did you mean 'lightning_l2.WeightDecay'?"),
+        ("callbacks:\n  - {class_path: lightning_l2.WeightDecay, weight_decay: 0.1}\n", "stand under `init_args`"),
+        ("callbacks:\n  - {class_path: lightning_l2.WeightDecay, init_args: {rules: defualt}}\n", "mean 'default'?"),
+        ("trainer:\n  callbacks:\n    - lightning_l2.WeightDecay\n", "'trainer.callbacks' is not accepted"),
+        ("- lightning_l2.WeightDecay\n", ""),
+        ("", ""),
+        ("callbacks: [", "Problems parsing config: while parsing"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_way_out(text: str, told: str, config: Path) -> None:
+    config.write_text(text)
+    read = "the file '.*' can't be read as `callbacks:` and the list that LightningCLI has under `trainer.callbacks`: "
+    with pytest.raises(ValueError, match=read) as error:
         callbacks_from_environment()
+    assert told in str(error.value)

@@ -53,10 +53,13 @@ def test_preview_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     ("text", "message"),
     [
         ("trainer: [1", "'wrong.yaml' is no YAML"),
-        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "'wrong.yaml': there is no schedule 'CosinSchedule'"),
-        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "The closest is 'CosineSchedule'."),
-        (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "'wrong.yaml': "),
+        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "'wrong.yaml': Parser key \"schedule\": "),
+        (SCHEDULED.format("CosinSchedule", "start: 1, end: 2"), "Did you mean 'CosineSchedule'?\n"),
         (SCHEDULED.format("CosineSchedule", "strat: 1, end: 2"), "'strat' is not accepted"),
+        (
+            SCHEDULED.format("CosineSchedule", "start: 1, end: 2").replace("{schedule", "{groups: [a], schedule"),
+            "Given value: ['a']\n",
+        ),
         (
             SCHEDULED.format("CosineSchedule", "start: -1, end: 2"),
             "`start` to be finite and at least 0, got -1",

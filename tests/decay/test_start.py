@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule
 from lightning_l2.decay import RuleDecay
-from lightning_l2.decay.start import Start, expect_start, squared_distances
+from lightning_l2.decay.start import Start, check_start_device, expect_start, squared_distances
 from lightning_l2.param_groups.decay_groups import decay_groups
 from tests.helpers import DEVICE
 
@@ -459,3 +459,14 @@ def test_misuse_of_a_way(apply: str) -> None:
     attached(model, Mine(model.parameters(), lr=0.1), 0.1, apply=apply).remove()
     with pytest.raises(ValueError, match=r"Expected `towards` to be None, 'zero' or 'start', got 'begin'"):
         DecayRule("r", towards="begin")  # type: ignore[arg-type]
+
+
+def test_a_device_for_a_copy_that_nobody_needs_is_refused() -> None:
+    to_start = [DecayRule("all", towards="start")]
+    assert not check_start_device("same", "zero", EVERYTHING)
+    assert check_start_device("cpu", "zero", to_start)
+    assert check_start_device("cpu", "start", EVERYTHING)
+    with pytest.raises(
+        ValueError, match=r"^`start_device` goes with towards='start', got start_device='cpu' and towards="
+    ):
+        check_start_device("cpu", "zero", EVERYTHING)

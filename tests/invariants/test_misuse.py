@@ -94,6 +94,12 @@ BUILT: dict[str, tuple[Make, tuple[str, ...]]] = {
     "a function for a schedule": (lambda: WeightDecayScheduler(abs), ("schedule", "abs", "Derive one")),
     "a class for a module": (lambda: assign_rules(Net), ("model", "Net", "instance")),
     "a module for an optimizer": (lambda: weight_decay_in_force(Net()), ("optimizer", "Net", "trainer.optimizers")),
+    "start_device without a start": (lambda: WeightDecay(0.1, start_device="cpu"), ("start_device='cpu'", "'start'")),
+    "the same of a penalty": (lambda: L2Penalty(0.1, start_device="cpu"), ("start_device='cpu'", "'start'")),
+    "a penalty by optimizer": (
+        lambda: L2Penalty(0.1, rules=[DecayRule("m", optimizer="Muon"), "default"]),
+        ("'m'", "L2Penalty", "optimizer='Muon'", "`pattern`"),
+    ),
     "negative schedule": (lambda: LinearSchedule(start=-1.0, end=1.0), ("start", "-1")),
     "nan schedule": (lambda: LinearSchedule(start=0.0, end=NAN), ("end", "nan")),
 }

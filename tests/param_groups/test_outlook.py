@@ -127,6 +127,18 @@ def test_the_remark_names_a_lambda_that_acts() -> None:
     assert outlook(1e-6, 3000).remark() is None, "what is lost is warned of, and rounding comes first"
 
 
+def test_the_remark_tells_of_weights_that_are_forgotten_within_a_few_steps() -> None:
+    """s T = 0.25 * 400 = 100 with lambda 5, so s T = 1 needs 0.05."""
+    text = outlook(0.25, 400, first=5.0, last=5.0, largest=5.0, vanishing=0.0).remark()
+    assert text is not None
+    for part in ("'decay'", "within 4 of 400 steps", "(eta * lambda = 0.25)", "a lambda of 0.05 would"):
+        assert part in text
+    assert outlook(0.1, 400, vanishing=0.0).remark() is not None
+    assert outlook(0.099, 400, vanishing=0.0).remark() is None
+    assert outlook(0.25, 4, vanishing=0.0).remark() is None, "the whole training counts"
+    assert outlook(1.5, 400, vanishing=0.0).remark() is None, "that is warned of"
+
+
 @pytest.mark.parametrize(
     ("group", "peak"),
     [

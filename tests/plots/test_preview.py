@@ -131,3 +131,47 @@ def test_preview_without_jsonargparse_is_an_error(tmp_path, monkeypatch) -> None
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning_l2\[cli\]"'):
         preview(tmp_path / "config.yaml")
+
+
+def scheduled(kind: str, options: str) -> str:
+    schedule = f"{{class_path: lightning_l2.schedules.{kind}}}"
+    if kind == "LinearSchedule":
+        schedule = schedule.replace("}", ", init_args: {start: 1.0, end: 10.0}}")
+    return f"""
+    - class_path: lightning_l2.WeightDecayScheduler
+      init_args: {{{options}, schedule: {schedule}}}"""
+
+
+HELD = scheduled("LinearSchedule", "groups: ^no_decay$").replace("end: 10.0", "end: 3.0")
+
+
+def test_preview_draws_all_schedulers_each_in_its_groups(tmp_path, monkeypatch) -> None:
+    both = scheduled("LinearSchedule", "groups: head|fixed") + HELD.replace("no_", "")
+    drawn = previewed(tmp_path, f"trainer:\n  max_steps: 100\n  callbacks:{DECAY}{both}", monkeypatch)
+    assert drawn == {"head": (0, 99, 0.1, 1.0), "fixed": (0, 99, 0.01, 0.1), "decay": (0, 99, 0.05, 0.15)}
+
+
+def test_preview_of_groups_that_only_the_training_knows_draws_multipliers(tmp_path, monkeypatch) -> None:
+    both = scheduled("LinearSchedule", "groups: ^muon") + HELD
+    for decay in (DECAY, ""):
+        drawn = previewed(tmp_path, f"trainer:\n  max_steps: 100\n  callbacks:{decay}{both}", monkeypatch)
+        assert drawn == {"^muon": (0, 99, 1.0, 10.0), "^no_decay$": (0, 99, 1.0, 3.0)}
+
+
+def test_preview_leaves_out_what_answers_to_the_training_and_says_so(tmp_path, monkeypatch) -> None:
+    titles = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda f, *_, **__: titles.append(f.axes[0].get_title("left"))
+    )
+    both = scheduled("LRSchedule", "groups: head") + scheduled("LinearSchedule", "groups: fixed")
+    (tmp_path / "config.yaml").write_text(f"trainer:\n  callbacks:{DECAY}{both}")
+    preview(tmp_path / "config.yaml")
+    assert titles == ["Weight decay: LinearSchedule, without LRSchedule"]
+
+
+@pytest.mark.parametrize("option", ["total_steps: 7", "interval: epoch"])
+def test_preview_of_schedulers_of_different_lengths_is_an_error(option, tmp_path) -> None:
+    both = scheduled("LinearSchedule", "groups: head") + scheduled("LinearSchedule", f"groups: fixed, {option}")
+    (tmp_path / "config.yaml").write_text(f"trainer:\n  max_epochs: 3\n  callbacks:{DECAY}{both}")
+    with pytest.raises(ValueError, match=r"config.yaml': one picture can't show schedulers of different `interval` or"):
+        preview(tmp_path / "config.yaml")

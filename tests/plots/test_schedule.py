@@ -50,3 +50,11 @@ def test_impossible_lengths_are_errors() -> None:
         plot_schedule(LinearSchedule(0.0, 1.0), epochs=-1)
     with pytest.raises(ValueError, match=r"A schedule by epoch needs their number: give `epochs`"):
         plot_schedule(LinearSchedule(0.0, 1.0), per_epoch=True)
+
+
+def test_each_group_may_have_a_schedule_of_its_own() -> None:
+    schedules = {"decay": LinearSchedule(1.0, 3.0), "head": CosineSchedule(1.0, 0.0)}
+    (axes,) = plot_schedule(schedules, weight_decay={"decay": 0.1, "head": 0.2}, steps=11).axes
+    ends = {name: (values[0], values[-1]) for name, (_, values) in labelled_lines(axes).items()}
+    assert ends == {"decay": pytest.approx((0.1, 0.3)), "head": pytest.approx((0.2, 0.0))}
+    assert axes.get_title(loc="left") == "Weight decay: LinearSchedule, CosineSchedule"

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_l2 import L2Penalty, NormConstraint, WeightDecay
 from lightning_l2.rules import DecayRule, assign_rules, decay_param_groups
-from lightning_l2.rules.assign import resolve_rules, rules_by_parameter
+from lightning_l2.rules.assign import check_without_optimizers, resolve_rules, rules_by_parameter
 from tests.transformers_models import MODELS
 
 
@@ -535,3 +535,22 @@ def test_random_rules_on_random_models(built_model, drawn, weight_decay):
         members = [id(p) for (_, p), i in zip(named, expected, strict=True) if i == index]
         assert [id(parameter) for parameter in group["params"]] == members
         assert group["weight_decay"] == weight_decay * index
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"optimizer": "Muon"}, "optimizer='Muon'"),
+        ({"group": 0}, "group=0"),
+        ({"group": "head", "optimizer": "Muon"}, "group='head' and optimizer='Muon'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [L2Penalty, NormConstraint])
+def test_rules_that_ask_for_optimizers_are_refused_where_none_is_asked(kind, asked, told) -> None:
+    name = kind.__name__
+    message = f"Rule 'm' of {name} asks for {told}, which only WeightDecay can tell: {name} takes parameters whichever"
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(message)} optimizer has them. Say which by `pattern` or `modules`.$"
+    ):
+        kind(0.1, rules=[DecayRule("m", **asked), "default"])
+    check_without_optimizers(resolve_rules(), name)
