@@ -70,16 +70,11 @@ def shrink(
         rounding: How to round, None for the nearest.
         starts: What this process holds of $w_0$, of the parameters for which that is not 0.
     """
-    params: list[Tensor] = []
-    of_each: list[Share] = []
-    for family, share in shares:
-        if isinstance(share, Tensor) or share != 0:
-            for param in family:
-                if param.grad is not None:
-                    params.append(param)
-                    of_each.append(share)
-    if not params:
+    moving = [(share, param) for family, share in shares for param in family if param.grad is not None]
+    moving = [(share, param) for share, param in moving if type(share) is not float or share]
+    if not moving:
         return
+    of_each, params = map(list, zip(*moving, strict=True))
     rows = [rows_of(param) for param in params]
     weights = read(params, rows)
     origins = [

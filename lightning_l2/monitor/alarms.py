@@ -95,18 +95,22 @@ class NormAlarms:
         ['the L2 norm of head is 2, above max_norm=1']
         """
         for layer, norm in norms.items():
-            is_now = f"the L2 norm of {layer} is {norm:.4g}"
             before, start = previous.get(layer, 0.0), first.get(layer, 0.0)
             if not math.isfinite(norm):
-                yield Alarm("non_finite", layer, is_now)
+                yield Alarm("non_finite", layer, _is_now(layer, norm))
                 continue
             # the total grows with the number of layers, which have the limit each
             has_limit = layer != "total" or len(norms) == 1
             if self.max_norm is not None and norm > self.max_norm and has_limit:
-                yield Alarm("max_norm", layer, f"{is_now}, above max_norm={self.max_norm:.4g}")
+                yield Alarm("max_norm", layer, f"{_is_now(layer, norm)}, above max_norm={self.max_norm:.4g}")
             if self.growth is not None and 0 < before < math.inf and norm > self.growth * before:
-                yield Alarm("growth", layer, f"{is_now}, {norm / before:.4g} times that of the previous logged step")
+                times = f"{norm / before:.4g} times that of the previous logged step"
+                yield Alarm("growth", layer, f"{_is_now(layer, norm)}, {times}")
             if self.vanishing is not None and norm < self.vanishing * start:
-                yield Alarm("vanishing", layer, f"{is_now}, {norm / start:.2g} of that of the first step")
+                yield Alarm("vanishing", layer, f"{_is_now(layer, norm)}, {norm / start:.2g} of that of the first step")
         if self.penalty is not None and loss is not None and penalty > self.penalty * abs(loss):
             yield Alarm("penalty", "total", f"the L2 penalty is {penalty:.4g} while the loss is {loss:.4g}")
+
+
+def _is_now(layer: str, norm: float) -> str:
+    return f"the L2 norm of {layer} is {norm:.4g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -62,11 +63,14 @@ class Watched:
         {'weight': 9.0, 'bias': 16.0, 'total': 25.0}
         """
         sums: dict[str, float] = {}
+        total, layers, counted = 0.0, self.layers, self.counted
         for index, value in values.items():
-            layer = self.layers[index]
+            layer = layers[index]
             if layer is not None:
                 sums[layer] = sums.get(layer, 0.0) + value
-        return {**sums, "total": sum(value for index, value in values.items() if self.counted[index])}
+            if counted[index]:
+                total += value
+        return {**sums, "total": total}
 
     def by_group(self, values: Mapping[int, float]) -> list[float]:
         """Add up one value a parameter over each parameter group."""
@@ -243,7 +247,10 @@ def _groups(optimizers: Sequence[Optimizer]) -> tuple[list[list[Any]], list[str]
 
 def signature(model_parameters: Iterable[nn.Parameter], optimizers: Sequence[Optimizer]) -> tuple[object, ...]:
     """Return what tells, cheaply, whether the parameters to watch or their groups have changed."""
+    parameters = list(model_parameters)
     return (
-        tuple(parameter.requires_grad and not is_lazy(parameter) for parameter in model_parameters),
+        # a lazy parameter changes its class
+        tuple(map(type, parameters)),
+        tuple(map(attrgetter("requires_grad"), parameters)),
         tuple((id(one), one.current_version()) for one in decay_groups_of(optimizers)),
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_l2.norms.layout import at_least_fp32, block_size, blocks, in_order, memory_order, plain_part, wide_dtype
-from lightning_l2.norms.plan import ROW, Group, kinds, plan
+from lightning_l2.norms.plan import PACK, ROW, Group, kinds, plan
 from lightning_l2.sharding import sum_over_shards
 
 if TYPE_CHECKING:
@@ -181,6 +181,11 @@ def _seen_again(squares: Tensor, group: Group, tensors: list[Tensor]) -> Tensor:
     floor = SMALLEST_SQUARE * group.most
     low, high = map(float, torch.aminmax(squares))
     if not (low > floor and high < math.inf):  # nor if they are NaN
-        for place in ((squares <= floor) | (squares == math.inf)).nonzero().view(-1).tolist():
+        places = ((squares <= floor) | (squares == math.inf)).nonzero().view(-1).tolist()
+        small = [place for place in places if tensors[place].numel() <= PACK]
+        if small:  # of which whole copies in float64 do no harm
+            norms = torch._foreach_norm([tensors[place] for place in small], 2.0, torch.float64)
+            squares[small] = torch.stack(norms).square_()
+        for place in set(places).difference(small):
             squares[place] = _in_blocks(tensors[place], torch.float64)
     return squares

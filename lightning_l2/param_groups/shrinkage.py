@@ -61,7 +61,7 @@ def _dtypes(params: Sequence[Tensor]) -> set[torch.dtype]:
 _IS_LOSS = 0.01
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Count:
     """What was counted of a group.
 
@@ -115,8 +115,8 @@ class Shrinkage(StepHook):
         is_known = groups.is_held and self._version == groups.version
         counts = self._counts if is_known else self.counts()
         taken, groups.taken = groups.taken, None
-        for index, count in enumerate(counts):
-            share = groups.share(count.group) if taken is None else taken[index]
+        shares: Sequence[Any] = taken or [groups.share(count.group) for count in counts]
+        for count, share in zip(counts, shares, strict=True):
             if type(share) is not float:
                 count.left = None
             elif 0 < share < count.vanishing:
