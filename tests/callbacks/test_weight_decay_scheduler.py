@@ -245,6 +245,10 @@ def test_a_lambda_of_0_on_purpose_is_scheduled_to_0() -> None:
     ("options", "message"),
     [
         ({"max_epochs": -1, "max_time": "00:00:00:02"}, r"The length of the training is unknown.*`total_steps`"),
+        (
+            {"max_epochs": -1, "max_time": "00:00:00:02", "interval": "epoch"},
+            r"The number of epochs is unknown.*`total_steps`, in epochs",
+        ),
         ({"max_epochs": -1, "max_steps": 3, "interval": "epoch"}, None),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -458,3 +459,17 @@ def test_a_multiplier_that_comes_to_turn_weights_around_is_told_once() -> None:
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         constraints.metrics("a")
     constraints.metrics("a")
+
+
+def test_decay_on_the_sphere_is_told_once() -> None:
+    """Also if groups change."""
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights[:1], lr=0.1, weight_decay=0.3)
+    names = {weight: f"w{number}" for number, weight in enumerate(weights)}
+    constraint = AttachedConstraint(optimizer, lambda: names, InitialBound(), method=Sphere())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        constraint.prepare()
+        optimizer.add_param_group({"params": weights[1:]})
+        constraint.prepare()
+    assert len([one for one in told if "to first order" in str(one.message)]) == 1

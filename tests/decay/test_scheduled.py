@@ -246,3 +246,18 @@ def test_a_schedule_sees_gradients_before_anything_joins_them() -> None:
     assert left(optimizer) == pytest.approx([1 - LR * 1.5], rel=1e-12)
     scheduled.remove()
     handle.remove()
+
+
+@pytest.mark.parametrize("groups", [None, "^group0$"])
+def test_a_schedule_that_is_taken_off_leaves_the_base_in_force(groups: str | None) -> None:
+    """Also where something else, such as decay by rules, keeps lambda in force."""
+    optimizer = sgd(0.5, 0.25)
+    handle = attach_decay(optimizer, "independent")
+    scheduled = ScheduledDecay(ConstantSchedule(0.5), [optimizer], groups=groups)
+    scheduled.set(0)
+    assert weight_decay_in_force(optimizer) == {"group0": 0.25, "group1": 0.125 if groups is None else 0.25}
+    scheduled.remove()
+    assert weight_decay_in_force(optimizer) == {"group0": 0.5, "group1": 0.25}
+    optimizer.step()
+    handle.remove()
+    assert left(optimizer) == [0.5, 0.75]
