@@ -249,3 +249,9 @@ def test_a_skipped_step_changes_nothing(bound: Bound, method: Method) -> None:
     assert torch.equal(weight, expected_weight)
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[key], expected_state[key]) for key in state)
+
+
+def test_a_multiplier_of_1_is_warned_of() -> None:
+    method = AugmentedLagrangian(0.5)
+    assert method.warning(math.nextafter(1.0, 0.0)) == ""
+    assert method.warning(1.0).startswith("the multiplier has reached 1, ")
