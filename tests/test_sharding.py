@@ -1,10 +1,6 @@
 """Parts of tensors that are spread over processes: what is told of them, and what two processes make of them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +25,7 @@ from lightning_l2.sharding import (
     whole,
     whole_rows,
 )
+from tests.processes import forked, sharded_tensors
 
 
 def test_plain_tensors_are_whole() -> None:
@@ -60,10 +57,7 @@ def test_deepspeed_keeps_the_parameters_in_lists_of_its_own() -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes makes of the same tensors."""
     folder = tmp_path_factory.mktemp("sharding")
-    worker = Path(__file__).parent / "processes" / "sharded_tensors.py"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(worker), str(folder)]
-    subprocess.run(command, check=True, timeout=500, env=environment)
+    forked.ranks(sharded_tensors.work, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

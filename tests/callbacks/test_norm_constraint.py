@@ -2,13 +2,8 @@
 
 import copy
 import itertools
-import os
 import pickle
 import re
-import socket
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -30,6 +25,7 @@ from lightning_l2.optimizers.step_hook import StepHook
 from lightning_l2.optimizers.turns import Turn
 from lightning_l2.rules import DecayRule
 from tests.helpers import DECAYED, DEVICE, EXEMPT, Net, assert_same_weights, batches, data, make_trainer, weights
+from tests.processes import forked
 from tests.processes import sharded_norm_constraint as sharded
 
 BOUNDS = [FixedBound(0.8), InitialBound(0.95), WarmupBound(3), InflectionBound(2, 0.5)]
@@ -692,37 +688,9 @@ def test_deepspeed_is_refused() -> None:
         trainer.fit(Net(), data())
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_sharded_weights_are_constrained_as_whole_ones(tmp_path: Path) -> None:
     """FSDP2, cut by rows and across them, FSDP1 and DDP, in two processes; resumed from a sharded checkpoint too."""
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
-    environment.update(WORLD_SIZE="2", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    command = [sys.executable, "-W", "ignore", "-m", sharded.__name__, str(tmp_path)]
-    processes = []
-    for rank in ("0", "1"):
-        own = {**environment, "LOCAL_RANK": rank, "RANK": rank}
-        with (tmp_path / f"output{rank}").open("w") as output:
-            processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        end = time.monotonic() + 250
-        # One that failed leaves the other waiting for it.
-        while time.monotonic() < end and [process.poll() for process in processes] in (
-            [None, None],
-            [None, 0],
-            [0, None],
-        ):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    outputs = [(tmp_path / f"output{rank}").read_text()[-4000:] for rank in (0, 1)]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    forked.ranks(sharded.work, tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert results[0].keys() == results[1].keys()
     assert len(results[0]) == 20

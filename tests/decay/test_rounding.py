@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_l2.decay import RuleDecay, attach_decay
 from lightning_l2.decay.rounding import Stochastic
+from tests.processes import forked, rounded_decay
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROUNDINGS = ["accumulate", "stochastic"]
@@ -491,9 +488,7 @@ def test_options_that_don_t_go_together(apply: Any, rounding: Any) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("rounded")
-    worker = Path(__file__).parents[1] / "processes" / "rounded_decay.py"
-    environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder)], check=True, timeout=200, env=environment)
+    forked.ranks(rounded_decay.work, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

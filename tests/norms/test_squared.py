@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from lightning_l2.norms import l2_norms, squared_norms
 from lightning_l2.norms.inner_products import local_inner_products
 from lightning_l2.norms.layout import BLOCK
 from tests.norms.tensors import CONTENTS, HALVES, LAYOUTS, Watch, reference
+from tests.processes import forked, sharded_norms
 
 
 def norm(tensor: Tensor) -> float:
@@ -268,10 +266,7 @@ def test_an_accelerator_is_never_waited_for() -> None:
 
 def test_sharded_norms_are_those_of_the_whole(tmp_path: Path) -> None:
     """Two gloo processes: DTensors, FSDP1's pieces and FSDP2's, on one and two mesh dimensions."""
-    worker = Path(__file__).parents[1] / "processes" / "sharded_norms.py"
-    command = [sys.executable, "-W", "ignore", str(worker), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, timeout=200, env=environment)
+    forked.ranks(sharded_norms.work, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     for case, (found, expected, collectives) in first.items():

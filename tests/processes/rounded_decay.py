@@ -1,15 +1,14 @@
-"""Decay bf16 weights in two processes, replicated and sharded; run by test_rounding.py.
+"""Decay bf16 weights in two processes, replicated and sharded.
 
 Each process writes the weights that it ends with to the folder that is given.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -50,17 +49,11 @@ def sharded(rounding: Any) -> list[tuple[Tensor, Tensor]]:
     return [(weight.full_tensor().detach(), start) for weight, start in pairs if weight.ndim > 1]
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+def work(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo")
     found: dict[str, Any] = {
         "replicated": {rounding: replicated(rank, rounding) for rounding in ("accumulate", "stochastic")},
         "sharded": {rounding: sharded(rounding) for rounding in ("accumulate", "stochastic")},
     }
     torch.manual_seed(rank)
-    torch.save({**found, "random": torch.rand(4)}, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
+    torch.save({**found, "random": torch.rand(4)}, folder / f"{rank}.pt")

@@ -1,6 +1,5 @@
-"""One of two processes that train with a norm constraint on sharded weights; started by test_norm_constraint.py."""
+"""One of two processes that train with a norm constraint on sharded weights."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +134,11 @@ def ddp(kind: str) -> dict[str, Any]:
     return {"weights": whole(net), "logged": net.logged, "state": constraint.state_dict()["parameters"]}
 
 
-def main(folder: Path) -> None:
+def work(rank: int, folder: Path) -> None:
     results: dict[str, Any] = {"ddp-lagrangian": ddp("lagrangian")}
     for kind in CONSTRAINTS:
         for shard_dim in (0, 1):
             results[f"fsdp2-{shard_dim}-{kind}"] = fsdp2(kind, shard_dim, folder)
         if CONSTRAINTS[kind].get("per") != "row":
             results[f"fsdp1-{kind}"] = fsdp1(kind)
-    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.save(results, folder / f"rank{rank}.pt")

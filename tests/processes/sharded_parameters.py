@@ -1,13 +1,9 @@
-"""Decide on sharded models in two processes, run by test_parameters.py: writes what each process decides as JSON."""
+"""Decide on sharded models in two processes: writes what each process decides as JSON."""
 
 import json
-import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -41,8 +37,7 @@ def fsdp1(use_orig_params):
 
 
 def work(rank, folder):
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     found = {"whole": decisions(Net()), "ddp": decisions(nn.parallel.DistributedDataParallel(Net()))}
     with_names, flat = fsdp1(True), fsdp1(False)
     found["fsdp1"], found["fsdp1_flat"] = decisions(with_names), decisions(flat)
@@ -62,12 +57,4 @@ def work(rank, folder):
     for module in (net.layers, net):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
     found["fsdp2"] = decisions(net)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # forked processes needn't import torch again, and end without what takes down its threads
-    mp.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
+    (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_l2.rules.parameters import clean_name, describe_parameters
+from tests.processes import forked, sharded_parameters
 
 
 def exempt(model):
@@ -377,9 +374,7 @@ def test_zero_3_parameters_have_their_own_shape():
 def sharded(tmp_path_factory):
     """The decisions that two processes make on sharded models."""
     path = tmp_path_factory.mktemp("sharded")
-    worker = Path(__file__).parents[1] / "processes" / "sharded_parameters.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2])}
-    subprocess.run([sys.executable, "-W", "ignore", str(worker), str(path)], check=True, timeout=200, env=environment)
+    forked.ranks(sharded_parameters.work, path)
     return [json.loads((path / f"{rank}.json").read_text()) for rank in range(2)]
 
 
