@@ -79,3 +79,16 @@ class KeptToItself(Shrinking):
 def test_optimizers_that_never_update_are_told_with_the_windows_that_went_by(windows: int) -> None:
     with pytest.warns(UserWarning, match=rf"^{min(windows, MANY_WINDOWS)} windows of batches went by, and SGD has not"):
         make_trainer([WeightDecay(0.1, summary=False)]).fit(KeptToItself(), batches(windows))
+
+
+class StepsNone(Shrinking):
+    """Never steps its optimizer, as one that scales another does."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+
+
+def test_a_window_is_what_gradients_accumulate_over() -> None:
+    trainer = make_trainer([WeightDecay(0.1, summary=False)], accumulate_grad_batches=4)
+    with pytest.warns(UserWarning, match=r"^2 windows of batches went by, and SGD has not updated once"):
+        trainer.fit(StepsNone(), batches(8))
