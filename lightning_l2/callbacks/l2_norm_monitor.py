@@ -163,7 +163,7 @@ class L2NormMonitor(MonitoredCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start afresh, with the optimizers that this fit has."""
         super().on_train_start(trainer, pl_module)
-        self._tell_of_loss(trainer)
+        self._tell_of_unseen(trainer)
         self._fit = NormTracker(self.options, self._initial, self._start)
         self._fit.count(optimizers_in_use(trainer))
         if self._left:
@@ -240,9 +240,9 @@ class L2NormMonitor(MonitoredCallback):
         if self._fit is not None and self._fit.step is not None and "l2_norm/total" not in trainer.callback_metrics:
             self._send(trainer, {}, self._offer(self._fit.peek(), is_logged=False))
 
-    def _tell_of_loss(self, trainer: pl.Trainer) -> None:
+    def _tell_of_unseen(self, trainer: Any) -> None:
         """Tell of what is asked for and reaches nobody; a trial run mutes its loggers."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:
             return
         options, loggers = self.options, [type(logger).__name__ for logger in trainer.loggers]
         if options.histograms is not None and not any(map(takes_histograms, trainer.loggers)):

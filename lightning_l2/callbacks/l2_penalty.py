@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_l2.arguments import check_at_least, check_choice, check_types
+from lightning_l2.arguments import check_at_least, check_types
 from lightning_l2.convert.conversion import Conversion
 from lightning_l2.decay.penalty import L2Objective, Penalised
-from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, check_start_device, expect_start
+from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, check_start, expect_start
 from lightning_l2.param_groups.decay_groups import decay_groups
 from lightning_l2.rules.assign import assign_rules, check_without_optimizers, resolve_rules, rules_by_parameter
 from lightning_l2.rules.parameters import is_undecided
@@ -90,9 +90,7 @@ class L2Penalty(MonitoredCallback):
             check_weight_decay(weight_decay, "L2Penalty's `weight_decay`")
         check_at_least(0, every_n_steps=every_n_steps)
         check_without_optimizers(self.rules, "L2Penalty")
-        check_choice(get_args(Towards), towards=towards)
-        check_choice(get_args(StartDevice), start_device=start_device)
-        check_start_device(start_device, towards, self.rules)
+        check_start(towards, self.rules, start_device)
         self.weight_decay = weight_decay
         self.towards = towards
         self.start_device = start_device
@@ -111,7 +109,7 @@ class L2Penalty(MonitoredCallback):
             return
         self._release()
         self._start_norms = {}
-        if self.towards == "start" or any(rule.towards == "start" for rule in self.rules):
+        if check_start(self.towards, self.rules, self.start_device):
             self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module), self.start_device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

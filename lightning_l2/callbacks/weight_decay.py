@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,7 +15,7 @@ from lightning_l2.decay.attach import Apply, check_options
 from lightning_l2.decay.by_rules import RuleDecay
 from lightning_l2.decay.early import EarlySplit
 from lightning_l2.decay.rounding import Rounding
-from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, check_start_device, expect_start
+from lightning_l2.decay.start import StartDevice, Towards, WatchedStart, check_start, expect_start
 from lightning_l2.param_groups.resume import OnResume, Resuming
 from lightning_l2.param_groups.summary import GroupSummary, print_table, table, write_csv
 from lightning_l2.rules.assign import decayed_exemptions, resolve_rules
@@ -99,9 +99,7 @@ class WeightDecay(Callback):
         if weight_decay is not None and not isinstance(weight_decay, Conversion):
             check_weight_decay(weight_decay, "WeightDecay's `weight_decay`")
         check_choice((True, False, "parameters"), summary=summary)
-        check_choice(get_args(Towards), towards=towards)
-        check_choice(get_args(StartDevice), start_device=start_device)
-        check_start_device(start_device, towards, self.rules)
+        check_start(towards, self.rules, start_device)
         check_options(apply, before_clipping, peak_lr, rounding)
         self.weight_decay = weight_decay
         self.apply = apply
@@ -145,7 +143,7 @@ class WeightDecay(Callback):
         check_alone(trainer, self, "Keep one, and put both into one list of rules: WeightDecay(rules=[...]).")
         self._release()
         self._resuming, self._restored, self._state = Resuming(self.on_resume), {}, {}
-        if self.towards == "start" or any(rule.towards == "start" for rule in self.rules):
+        if check_start(self.towards, self.rules, self.start_device):
             self._start = expect_start(pl_module, partial(before_restoring, trainer, pl_module), self.start_device)
         if splits_early(trainer):
             on_optimizers_configured(pl_module, partial(self._split_early, trainer, pl_module))

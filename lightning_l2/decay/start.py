@@ -11,11 +11,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch.nn.parameter import is_lazy
 
+from lightning_l2.arguments import check_choice
 from lightning_l2.norms.squared import squared_norms
 from lightning_l2.rules.parameters import clean_name
 from lightning_l2.sharding import flat_shards, local_part, sum_over_shards
@@ -34,20 +35,22 @@ Watch: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 _TOLERANCE = 1e-5
 
 
-def check_start_device(device: StartDevice, towards: Towards, rules: Iterable[DecayRule]) -> bool:
+def check_start(towards: Towards, rules: Iterable[DecayRule], device: StartDevice) -> bool:
     """Return whether anything goes towards the start, and refuse to say where a copy is that nobody needs.
 
     Args:
-        device: Where the copy is to be.
         towards: What weights go towards whose rule doesn't say.
         rules: The rules.
+        device: Where the copy is to be.
 
     Raises:
-        ValueError: If nothing goes there, and the device isn't the one by default.
+        ValueError: If an argument is unknown; if nothing goes there, and the device isn't the one by default.
 
-    >>> check_start_device("cpu", "start", [])
+    >>> check_start("start", [], "cpu")
     True
     """
+    check_choice(get_args(Towards), towards=towards)
+    check_choice(get_args(StartDevice), start_device=device)
     is_needed = towards == "start" or any(rule.towards == "start" for rule in rules)
     if device != "same" and not is_needed:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -104,6 +104,7 @@ class OptimizersOwn:
         self._groups.hold(self, "WeightDecay")
         self._groups.hide(in_step, self)
         self.apply, self.peak_lr = "optimizer", None
+        self.taken = None
         way: OwnWay | None = None
         if DECOUPLED_FLAG in in_step:
             self.apply = way = "decoupled" if in_step[DECOUPLED_FLAG] else "coupled"
@@ -131,6 +132,7 @@ class Way(StepHook, ABC):
         super().__init__(optimizer, f"apply={apply!r}")
         self.groups = decay_groups(optimizer)
         self.apply, self.peak_lr = apply, peak_lr
+        self.taken: Sequence[Share] | None = None
         self.start: Start | None = None
         self._started: tuple[int, dict[Tensor, Tensor]] = (-1, {})
         self.groups.hold(self, f"apply={apply!r}")
@@ -300,7 +302,7 @@ class OnWeights(Way):
             shares.append(factor * (value if type(value) is float else number(value)))
         if self.apply == "independent":
             shares = list(map(self._limited, shares))
-        self.groups.taken = shares
+        self.taken = shares
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None:
             shares = [(found_inf == 0) * share for share in shares]

@@ -22,8 +22,6 @@ from lightning_l2.param_groups.parts import Acting, DecayGroup, Decision, Family
 from lightning_l2.param_groups.update import GroupSwap
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lightning_l2.param_groups.bases import RuleBases
 
 
@@ -37,8 +35,6 @@ class DecayGroups:
         number: The optimizer's index among those of the module.
         version: How often the parts have changed, as far as anybody has looked.
         way: The way to decay that somebody has attached, None for the optimizer's own.
-        taken: The share of its weights that the way has taken of each part in the step under way; None if the optimizer
-            takes it.
         is_scheduled: Whether a schedule has written multipliers.
         schedules: Which parts schedules take, by a pattern of their names, or None for all.
         plans: What gives lambda of a part at the end of such a schedule and at its largest, where that is known.
@@ -49,7 +45,6 @@ class DecayGroups:
         self.version = 0
         self._siblings: Sequence[weakref.ref[DecayGroups]] = ()
         self.way: Acting | None = None
-        self.taken: Sequence[float | Tensor] | None = None
         self._own: tuple[int, Way | None] = (-1, None)
         self.is_scheduled = False
         self.schedules: list[re.Pattern[str] | None] = []

@@ -43,10 +43,12 @@ class Acting(Protocol):
     Attributes:
         apply: As of `attach_decay`.
         peak_lr: As of `attach_decay`.
+        taken: What it has taken of each part in the last step, once its turn is over; None if the optimizer takes it.
     """
 
     apply: str
     peak_lr: Any
+    taken: Sequence[float | Tensor] | None
 
     @property
     def rounds_away(self) -> bool:

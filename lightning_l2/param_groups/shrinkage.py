@@ -114,7 +114,7 @@ class Shrinkage(StepHook):
         # the update has looked at the groups itself
         is_known = groups.is_held and self._version == groups.version
         counts = self._counts if is_known else self.counts()
-        taken, groups.taken = groups.taken, None
+        taken = None if groups.way is None else groups.way.taken
         shares: Sequence[Any] = taken or [groups.share(count.group) for count in counts]
         for count, share in zip(counts, shares, strict=True):
             if type(share) is not float:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_l2 import DecayRule
 from lightning_l2.decay import RuleDecay
-from lightning_l2.decay.start import Start, check_start_device, expect_start, squared_distances
+from lightning_l2.decay.start import Start, check_start, expect_start, squared_distances
 from lightning_l2.param_groups.decay_groups import decay_groups
 from tests.helpers import DEVICE
 
@@ -463,10 +463,10 @@ def test_misuse_of_a_way(apply: str) -> None:
 
 def test_a_device_for_a_copy_that_nobody_needs_is_refused() -> None:
     to_start = [DecayRule("all", towards="start")]
-    assert not check_start_device("same", "zero", EVERYTHING)
-    assert check_start_device("cpu", "zero", to_start)
-    assert check_start_device("cpu", "start", EVERYTHING)
+    assert not check_start("zero", EVERYTHING, "same")
+    assert check_start("zero", to_start, "cpu")
+    assert check_start("start", EVERYTHING, "cpu")
     with pytest.raises(
         ValueError, match=r"^`start_device` goes with towards='start', got start_device='cpu' and towards="
     ):
-        check_start_device("cpu", "zero", EVERYTHING)
+        check_start("zero", EVERYTHING, "cpu")

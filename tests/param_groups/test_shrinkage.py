@@ -413,3 +413,20 @@ def test_it_goes_on_after_a_resume(make: Make, options: dict[str, Any], tmp_path
     factors = [1.0] * STEPS if options else [lr * (10 if "momentum" in str(make) else 1) for lr in cosine_rates()]
     expected = np.prod([1 - factor * lam for factor, lam in zip(factors, RAMP, strict=True)])
     assert resumed.left[-1]["decay"] == pytest.approx(expected, **EXACT)
+
+
+def test_a_way_that_is_taken_off_leaves_no_share_behind() -> None:
+    """Nobody counted its steps, and a group has come since: s = 0.1 * 0.25 of the first, 0.1 * 0.5 of the second."""
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD(weights[:1], lr=0.1, weight_decay=0.5)
+    handle = attach_decay(optimizer, "decoupled")
+    optimizer.step()
+    handle.remove()
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+    optimizer.add_param_group({"params": weights[1:]})
+    count = count_shrinkage(optimizer)
+    optimizer.step()
+    assert count.left() == pytest.approx({"group0": 0.975, "group1": 0.95}, rel=1e-12)
+    count.remove()
