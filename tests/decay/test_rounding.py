@@ -506,3 +506,34 @@ def test_sharded_weights(rounding: str, two_processes: list[dict[str, Any]]) -> 
     for found in two_processes:
         for weight, start in found["sharded"][rounding]:
             assert left_of(weight, start) == pytest.approx((1 - 1.9e-3) ** 150, rel=0.05)
+
+
+def step_without_gradient(optimizer: Any, steps: int) -> None:
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+
+
+def test_a_group_that_comes_later_saves_up_too() -> None:
+    """s = 0.1 * 0.05 a step, below half of bf16's 2^-7, so 40 steps leave (1 - s)^40."""
+    first, late = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = SGD([first], lr=0.1, weight_decay=0.05)
+    attach_decay(optimizer, "decoupled", rounding="accumulate")
+    step_without_gradient(optimizer, 3)
+    optimizer.add_param_group({"params": [late]})
+    step_without_gradient(optimizer, 40)
+    assert late.float().mean().item() == pytest.approx(0.995**40, rel=0.02)
+    assert first.float().mean().item() == pytest.approx(0.995**43, rel=0.02)
+
+
+def test_weights_that_get_another_format_save_up_for_it() -> None:
+    """s = 0.1 * 0.01 a step, enough for fp32 in each, and nothing at all in bf16."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = SGD([weight], lr=0.1, weight_decay=0.01)
+    attach_decay(optimizer, "decoupled", rounding="accumulate")
+    step_without_gradient(optimizer, 2)
+    weight.data = weight.data.bfloat16()
+    step_without_gradient(optimizer, 200)
+    assert weight.float().mean().item() == pytest.approx(0.999**202, rel=0.02)
